@@ -8,18 +8,18 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/runtime.html.md"""
 __all__ = ['DEFAULTS', 'PROFILES', 'find_settings', 'settings', 'machine', 'device', 'cpu_has_bf16', 'precision',
            'seed_everything', 'peak_bytes', 'Meter', 'progress', 'write_atomic', 'cache_dir']
 
-# %% ../nbs/01_runtime.ipynb #499521ba
+# %% ../nbs/01_runtime.ipynb #7a5d6d8b
 import configparser, contextlib, os, random, sys, threading, time
 from ast import literal_eval
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../nbs/01_runtime.ipynb #5c51f9cc
+# %% ../nbs/01_runtime.ipynb #763544cd
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/01_runtime.ipynb #1672c285
+# %% ../nbs/01_runtime.ipynb #58534797
 DEFAULTS = """
 [DEFAULT]
 corpus = desk
@@ -40,7 +40,7 @@ batch_size = 32
 runs = runs
 """
 
-# %% ../nbs/01_runtime.ipynb #4393631e
+# %% ../nbs/01_runtime.ipynb #08dafcea
 PROFILES = """
 [cpu]
 [cpu:e2e]
@@ -65,7 +65,7 @@ shots = 2
 max_new_tokens = 24
 """
 
-# %% ../nbs/01_runtime.ipynb #af853bc8
+# %% ../nbs/01_runtime.ipynb #5ce3ddf8
 def find_settings(
     start=None, # folder to start in; the current one unless told
 ) -> Path|None: # the nearest `settings.ini` here or above that is ours, or None
@@ -73,7 +73,7 @@ def find_settings(
     for d in [Path(start or ".").resolve(), *Path(start or ".").resolve().parents]:
         if (d/"settings.ini").is_file() and "corpus" in (d/"settings.ini").read_text(): return d/"settings.ini"
 
-# %% ../nbs/01_runtime.ipynb #a2610ac1
+# %% ../nbs/01_runtime.ipynb #c565e850
 def _typed(key, text, like, where):
     "`text` as a value of the same type as `like`"
     if isinstance(like, str): return text
@@ -83,7 +83,7 @@ def _typed(key, text, like, where):
         raise ValueError(f"{where}: {key} = {text!r} is not a number; write for example {key} = {like}")
     return type(like)(v)
 
-# %% ../nbs/01_runtime.ipynb #ee24acf6
+# %% ../nbs/01_runtime.ipynb #3d43da58
 def _read(path):
     "The built-in settings, with those of the file at `path` on top"
     ini = configparser.ConfigParser()
@@ -93,7 +93,7 @@ def _read(path):
         raise ValueError(f"{path} can't be read ({e}); compare it with the course's own settings.ini") from e
     return ini
 
-# %% ../nbs/01_runtime.ipynb #0895b107
+# %% ../nbs/01_runtime.ipynb #23d62ea4
 def settings(
     profile:str=None, # section to read: cpu, t4, a100, test; `FTCOURSE_PROFILE` or this machine's unless told
     path=None, # settings file; the nearest `settings.ini` unless told
@@ -112,7 +112,7 @@ def settings(
     if ini.has_section(own): vals = {**vals, **ini._sections[own], **env}
     return _settings(vals, over, profile, where)
 
-# %% ../nbs/01_runtime.ipynb #996f15bf
+# %% ../nbs/01_runtime.ipynb #a051d601
 def _settings(vals, over, profile, where):
     "Check the keys, give each its type"
     like = configparser.ConfigParser()
@@ -123,25 +123,25 @@ def _settings(vals, over, profile, where):
     typed = {k: _typed(k, v, kinds[k], where) for k, v in vals.items()}
     return SimpleNamespace(profile=profile, **{**typed, **over})
 
-# %% ../nbs/01_runtime.ipynb #95261389
+# %% ../nbs/01_runtime.ipynb #15d14aa5
 def machine() -> str: # "cpu", "t4" or "a100"
     "The profile that fits this machine, by the memory of its GPU"
     if not torch.cuda.is_available(): return "cpu"
     return "a100" if torch.cuda.get_device_properties(0).total_memory > 30e9 else "t4"
 
-# %% ../nbs/01_runtime.ipynb #8a46c02d
+# %% ../nbs/01_runtime.ipynb #7fca8819
 def device() -> torch.device: # "cuda", "mps" (Apple) or "cpu"
     "The fastest device here"
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/01_runtime.ipynb #f89b00f0
+# %% ../nbs/01_runtime.ipynb #dfc89949
 def cpu_has_bf16() -> bool: # True with AVX-512 BF16 or AMX instructions
     "Does this processor multiply bf16 itself?"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, p, lambda: False)() for p in probes)
 
-# %% ../nbs/01_runtime.ipynb #c564f633
+# %% ../nbs/01_runtime.ipynb #ef5595ee
 def precision(
     dev=None, # device; this machine's unless told
 ) -> torch.dtype: # bfloat16, float16 or float32
@@ -150,27 +150,27 @@ def precision(
     if dev.type == "cuda": return torch.bfloat16 if torch.cuda.get_device_capability(dev)[0] >= 8 else torch.float16
     return torch.bfloat16 if dev.type == "cpu" and cpu_has_bf16() else torch.float32
 
-# %% ../nbs/01_runtime.ipynb #0bb80f64
+# %% ../nbs/01_runtime.ipynb #6d60a0be
 def seed_everything(
     seed:int=0, # any whole number from 0 to 2**32-1
 ):
     "Seed Python's, NumPy's and PyTorch's generators, on all devices"
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/01_runtime.ipynb #ef24c9e7
+# %% ../nbs/01_runtime.ipynb #6acf1e1c
 def _reset_peak():
     "Set the high-water mark back to now; True where that can be done"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); return True
     with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5"); return True
     return False
 
-# %% ../nbs/01_runtime.ipynb #c0696efa
+# %% ../nbs/01_runtime.ipynb #1a278aef
 def _status(key):
     "A line of Linux's `/proc/self/status`, in bytes"
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key+":"))
     return int(line.split()[1]) * 1024
 
-# %% ../nbs/01_runtime.ipynb #ff65e138
+# %% ../nbs/01_runtime.ipynb #6afa99ad
 def peak_bytes() -> int: # bytes
     "The most memory used since the last reset: the GPU's where there is one, otherwise the process's"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
@@ -179,7 +179,7 @@ def peak_bytes() -> int: # bytes
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/01_runtime.ipynb #e7c7b6c3
+# %% ../nbs/01_runtime.ipynb #ab6e58c4
 class Meter:
     "Measures the seconds and the peak memory of a `with` block; read `seconds` and `peak_bytes` at any time"
     def __enter__(self):
@@ -192,31 +192,33 @@ class Meter:
     @property
     def peak_bytes(self): return self._peak if self.stop else peak_bytes()
 
-# %% ../nbs/01_runtime.ipynb #5f10eb92
-def _plain(it, total, desc, every, out):
-    "Yield the items of `it`, with a line of text at most every `every` seconds"
-    start = last = time.time()
-    for i, x in enumerate(it, 1):
-        yield x
-        if time.time()-last >= every or i == total:
-            last = time.time()
-            print(f"{desc}: {i} of {total or '?'}, {last-start:.0f} s", file=out, flush=True)
+# %% ../nbs/01_runtime.ipynb #059e3fcf
+class _Lines:
+    "Loop over `it`, with a line of text now and then"
+    def __init__(self, it, total, desc, every): self.it, self.total, self.desc, self.every, self.note = it, total, desc, every, ""
+    def set_postfix_str(self, s, refresh=False): self.note = s
+    def __iter__(self):
+        start = last = time.time()
+        for i, x in enumerate(self.it, 1):
+            yield x
+            if time.time()-last >= self.every or i == self.total:
+                last = time.time()
+                print(f"{self.desc}: {i} of {self.total or '?'}, {last-start:.0f} s {self.note}", file=sys.stderr, flush=True)
 
-# %% ../nbs/01_runtime.ipynb #23377048
+# %% ../nbs/01_runtime.ipynb #11993875
 def progress(
     it, # anything to loop over
     total:int=None, # how many; `len(it)` unless told
     desc:str="", # what is going on
     every:float=10, # seconds between two lines of a log
-):
+): # something to loop over; its `set_postfix_str` shows a note at the end of the bar or line
     "Loop over `it` and show how far it is: a widget or a bar where one can be drawn, otherwise plain lines"
     total = total if total is not None else len(it) if hasattr(it, "__len__") else None
-    notebook = "ipykernel" in sys.modules and os.environ.get("FTCOURSE_PLAIN") is None
-    if notebook or sys.stderr.isatty():
-        return tqdm(it, total=total, desc=desc, mininterval=.5, leave=False)
-    return _plain(it, total, desc, every, sys.stderr)
+    plain = os.environ.get("FTCOURSE_PLAIN") or not ("ipykernel" in sys.modules or sys.stderr.isatty())
+    if plain: return _Lines(it, total, desc, every)
+    return tqdm(it, total=total, desc=desc, mininterval=.5, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/01_runtime.ipynb #341eb561
+# %% ../nbs/01_runtime.ipynb #b1e10326
 def write_atomic(
     path, # file to write; its folder is made if need be
     data:str|bytes, # what to write; text as UTF-8
@@ -232,7 +234,7 @@ def write_atomic(
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/01_runtime.ipynb #ba4453d7
+# %% ../nbs/01_runtime.ipynb #b8db5e7c
 def cache_dir() -> Path: # `FTCOURSE_CACHE`, or `~/.cache/ftcourse`
     "Where converted models and downloaded data are kept between runs"
     d = Path(os.environ.get("FTCOURSE_CACHE") or Path.home()/".cache"/"ftcourse")
