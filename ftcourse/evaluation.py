@@ -9,7 +9,7 @@ __all__ = ['resample_counts', 'draws', 'bootstrap', 'Difference', 'paired', 'nor
            'Scoreboard', 'scoreboard', 'metric_name', 'Versus', 'versions', 'size_text', 'time_text', 'report_html',
            'save_run']
 
-# %% ../nbs/08_evaluation.ipynb #3c122c8b
+# %% ../nbs/08_evaluation.ipynb #0ca11de2
 import base64, io, json, math, platform, random
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -23,7 +23,7 @@ from fastcore.xml import Html as Page
 from .metrics import Score, accuracy, bleu, f1, fact_recall, rouge, states
 from .runtime import write_atomic
 
-# %% ../nbs/08_evaluation.ipynb #6bebd162
+# %% ../nbs/08_evaluation.ipynb #441623cc
 def resample_counts(
     n:int, # rows of the test set
     resamples:int, # how many test sets to draw
@@ -33,7 +33,7 @@ def resample_counts(
     pick = rng.integers(n, size=(resamples, n)) + n*np.arange(resamples)[:, None]
     return np.bincount(pick.ravel(), minlength=resamples*n).reshape(resamples, n)
 
-# %% ../nbs/08_evaluation.ipynb #2bf7560c
+# %% ../nbs/08_evaluation.ipynb #222690d4
 def draws(
     *scores, # scores over the same rows; all are resampled with the same counts
     resamples=1000, # how many test sets to draw
@@ -48,7 +48,7 @@ def draws(
         blocks.append([s.fn(c @ s.stats) for s in scores])  # (step, n) @ (n, k)
     return [np.concatenate(b) for b in zip(*blocks)]
 
-# %% ../nbs/08_evaluation.ipynb #6b5c5588
+# %% ../nbs/08_evaluation.ipynb #221b0435
 def bootstrap(
     score:Score, # any score of lesson 07
     resamples=1000, # how many test sets to draw
@@ -61,7 +61,7 @@ def bootstrap(
     low, high = np.percentile(draws(score, resamples=resamples, seed=seed)[0], [tail, 100 - tail])
     return replace(score, low=float(low), high=float(high))
 
-# %% ../nbs/08_evaluation.ipynb #8cdb8d59
+# %% ../nbs/08_evaluation.ipynb #5c4d29e6
 @dataclass
 class Difference:
     "How much one system scores above another on the same rows"
@@ -82,10 +82,10 @@ class Difference:
                 f"p {_p_text(self.p)}: {self.verdict}")
     __repr__ = __str__
 
-# %% ../nbs/08_evaluation.ipynb #d06153d1
+# %% ../nbs/08_evaluation.ipynb #ee80be42
 def _p_text(p): return "< 0.01" if p < .01 else f"= {p:.2f}" if p >= .1 else f"= {p:.3f}"
 
-# %% ../nbs/08_evaluation.ipynb #02a3ba26
+# %% ../nbs/08_evaluation.ipynb #4ef9edcd
 def paired(
     a:Score, b:Score, # two scores of the same metric over the same rows, in the same order
     names=("a", "b"), # what the systems are called
@@ -103,7 +103,7 @@ def paired(
     p = min(1., 2*(1 + min((d <= 0).sum(), (d >= 0).sum()))/(1 + resamples))
     return Difference(a.name, *names, a.value, b.value, float(low), float(high), float(p))
 
-# %% ../nbs/08_evaluation.ipynb #eddce0b6
+# %% ../nbs/08_evaluation.ipynb #c870442e
 def normalise_label(
     text:str, # what a system wrote where a label was wanted
 ) -> str:
@@ -111,14 +111,14 @@ def normalise_label(
     line = next((l for l in text.splitlines() if l.strip()), "")
     return " ".join(line.casefold().split()).strip(" \"'`*_.,;:!?“”‘’")
 
-# %% ../nbs/08_evaluation.ipynb #ea5385ff
+# %% ../nbs/08_evaluation.ipynb #42634732
 def guess_kind(outputs) -> str: # "label" or "text"
     "Label if outputs repeat (at most half as many as rows) and are short (one line, 60 characters)"
     few = 2*len({normalise_label(o) for o in outputs}) <= len(outputs)
     short = all(len(o) <= 60 and "\n" not in o.strip() for o in outputs)
     return "label" if few and short else "text"
 
-# %% ../nbs/08_evaluation.ipynb #aa9024d0
+# %% ../nbs/08_evaluation.ipynb #c356853e
 def metrics_for(kind, replies, rows) -> dict: # metric → Score
     "Accuracy and macro F1 of labels; BLEU, ROUGE-L and, given facts, fact recall of texts"
     if kind == "label":
@@ -131,7 +131,7 @@ def metrics_for(kind, replies, rows) -> dict: # metric → Score
     if any(facts): found["fact_recall"] = fact_recall(replies, facts)
     return found
 
-# %% ../nbs/08_evaluation.ipynb #bb44eec7
+# %% ../nbs/08_evaluation.ipynb #7dd471dc
 @dataclass(repr=False)
 class Scoreboard:
     "Scores of several systems on the same rows, with intervals; made by `scoreboard`"
@@ -147,7 +147,7 @@ class Scoreboard:
     def metrics(self): return list(next(iter(self.scores.values())))
     def __getitem__(self, system): return self.scores[system]
 
-# %% ../nbs/08_evaluation.ipynb #56a78fc3
+# %% ../nbs/08_evaluation.ipynb #138ab305
 def _check_replies(name, replies, n):
     "A text for each of `n` rows; raises ValueError naming the system and the row"
     if isinstance(replies, str) or len(replies) != n:
@@ -157,7 +157,7 @@ def _check_replies(name, replies, n):
         if not isinstance(x, str): raise ValueError(f"system {name!r}, row {i}: the reply is "
             f'{x!r}, not text. Use "" where the system said nothing.')
 
-# %% ../nbs/08_evaluation.ipynb #17a5b486
+# %% ../nbs/08_evaluation.ipynb #98d2830a
 def _check_rows(rows):
     "Every row has an output; raises ValueError naming the row"
     if not rows: raise ValueError("the dataset has no rows: check the split's name or the filter")
@@ -166,7 +166,7 @@ def _check_rows(rows):
             raise ValueError(f"row {i}: output is {r.get('output')!r}, so no reply to it can be "
                              f"right. Fill it in, or take the row out.")
 
-# %% ../nbs/08_evaluation.ipynb #5ae4756c
+# %% ../nbs/08_evaluation.ipynb #8648e54e
 def _tasks(rows, kinds):
     "Task → (kind, its row numbers), in order of appearance"
     at, kinds = {}, kinds or {}
@@ -179,7 +179,7 @@ def _tasks(rows, kinds):
 
 def _task(row): return row.get("task") or "answer"
 
-# %% ../nbs/08_evaluation.ipynb #db5569b2
+# %% ../nbs/08_evaluation.ipynb #3291ed4d
 def scoreboard(
     systems:dict, # system's name → its replies, one a row
     dataset, # rows with `task` and `output`; optional `references` and `facts`
@@ -201,20 +201,20 @@ def scoreboard(
     kinds = {t: kind for t, (kind, _) in tasks.items()}
     return Scoreboard(scores, systems, rows, kinds, resamples, level, seed)
 
-# %% ../nbs/08_evaluation.ipynb #94b60a5c
+# %% ../nbs/08_evaluation.ipynb #75b25134
 @patch
 def _known(self:Scoreboard, system):
     if system in self.scores: return system
     raise KeyError(f"no system {system!r} on this board; there are: {', '.join(self.scores)}")
 
-# %% ../nbs/08_evaluation.ipynb #a4c67426
+# %% ../nbs/08_evaluation.ipynb #0284bbb1
 @patch
 def compare(self:Scoreboard, a, b, metric) -> Difference:
     "Paired difference of systems `a` minus `b` in `metric`. KeyError for an unknown system"
     x, y = (self.scores[self._known(s)][metric] for s in (a, b))
     return replace(paired(x, y, (a, b), self.resamples, self.level, self.seed), metric=metric)
 
-# %% ../nbs/08_evaluation.ipynb #ab5cdc4b
+# %% ../nbs/08_evaluation.ipynb #e24d4c5a
 @patch
 def best(self:Scoreboard, metric):
     "The system shown to be better than each other one in `metric`, or None"
@@ -223,7 +223,7 @@ def best(self:Scoreboard, metric):
     won = rivals and all(self.compare(top, s, metric).verdict == "better" for s in rivals)
     return top if won else None
 
-# %% ../nbs/08_evaluation.ipynb #cfd554c5
+# %% ../nbs/08_evaluation.ipynb #a6f75148
 _NAMES = {"bleu": "BLEU", "rouge_l": "ROUGE-L", "f1_macro": "macro F1"}
 
 def metric_name(key:str) -> str:
@@ -231,7 +231,7 @@ def metric_name(key:str) -> str:
     task, _, metric = key.rpartition("/")
     return (f"{task}: " if task else "") + _NAMES.get(metric, metric.replace("_", " "))
 
-# %% ../nbs/08_evaluation.ipynb #f5b35ab7
+# %% ../nbs/08_evaluation.ipynb #27169a4e
 @patch
 def _cells(self:Scoreboard):
     "The text table: a heading, then a line for each metric"
@@ -241,7 +241,7 @@ def _cells(self:Scoreboard):
         yield [metric_name(m), *(f"{s[m].value:.1f} [{s[m].low:.1f}, {s[m].high:.1f}]"
                                  f"{'*' if n == best else ' '}" for n, s in self.scores.items())]
 
-# %% ../nbs/08_evaluation.ipynb #0c564e9d
+# %% ../nbs/08_evaluation.ipynb #73c899ba
 @patch
 def __str__(self:Scoreboard):
     lines = list(self._cells())
@@ -250,39 +250,39 @@ def __str__(self:Scoreboard):
     return "\n".join([*map(line, lines), f"0 to 100, more is better; [{self.level:.0%} interval]; "
         "* better than every other system (paired interval above zero)"])
 
-# %% ../nbs/08_evaluation.ipynb #15d81477
+# %% ../nbs/08_evaluation.ipynb #ce9934ce
 @patch
 def __repr__(self:Scoreboard): return str(self)
 
-# %% ../nbs/08_evaluation.ipynb #5d6a3de5
+# %% ../nbs/08_evaluation.ipynb #e27e5886
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")   # Okabe, Ito
 
 def _bar(s, colour):
     "A drawing of a score and its interval on a line from 0 to 100"
-    x, wide = 2 + s.low, max(.8, s.high - s.low)
+    x, wide, at = 2 + 2*s.low, max(1, 2*(s.high - s.low)), 2 + 2*s.value
     return NotStr(
-        f'<svg viewBox="0 0 104 10" width="156" height="15" aria-hidden="true">'
-        f'<line x1="2" x2="102" y1="5" y2="5" stroke="currentColor" opacity=".25"/>'
+        f'<svg viewBox="0 0 204 10" width="204" height="10" aria-hidden="true">'
+        f'<line x1="2" x2="202" y1="5" y2="5" stroke="currentColor" opacity=".25"/>'
         f'<rect x="{x:.1f}" width="{wide:.1f}" y="3" height="4" fill="{colour}" opacity=".5"/>'
-        f'<circle cx="{2 + s.value:.1f}" cy="5" r="2.6" fill="{colour}"/></svg>')
+        f'<circle cx="{at:.1f}" cy="5" r="2.6" fill="{colour}"/></svg>')
 
-# %% ../nbs/08_evaluation.ipynb #d10ece84
+# %% ../nbs/08_evaluation.ipynb #a676c77c
 _LEFT = "text-align:left;vertical-align:top"
 
-# %% ../nbs/08_evaluation.ipynb #e8472de7
+# %% ../nbs/08_evaluation.ipynb #b43d468b
 @patch
 def _rows_of(self:Scoreboard, metric):
     "The table rows of one metric, one for each system"
     best = self.best(metric)
     for i, (name, s) in enumerate((n, s[metric]) for n, s in self.scores.items()):
-        cells = [Td(name, style=_LEFT), Td(B(f"{s.value:.1f}")),
+        cells = [Td(name, style="text-align:left"), Td(B(f"{s.value:.1f}")),
                  Td(Small(f"[{s.low:.1f}, {s.high:.1f}]"), style="white-space:nowrap"),
                  Td(_bar(s, _COLOURS[i % 6]), cls="bar"), Td("★" if name == best else "")]
         if i == 0: cells.insert(0, Th(metric_name(metric), NotStr("<br>"), Small(f"{s.n} rows"),
                                       rowspan=len(self.scores), style=_LEFT))
         yield Tr(*cells, cls="first" if i == 0 else None)
 
-# %% ../nbs/08_evaluation.ipynb #f0308fbb
+# %% ../nbs/08_evaluation.ipynb #12fe45c5
 @patch
 def _table(self:Scoreboard):
     heads = ("", "system", "score", f"{self.level:.0%} interval", "0 to 100", "")
@@ -295,7 +295,7 @@ def _table(self:Scoreboard):
 @patch
 def _repr_html_(self:Scoreboard): return to_xml(self._table(), indent=False)
 
-# %% ../nbs/08_evaluation.ipynb #509ea486
+# %% ../nbs/08_evaluation.ipynb #0f8e05df
 @patch
 def plot(self:Scoreboard, ax=None):
     "Dots with interval bars, a line for each metric and system; returns the axes"
@@ -313,29 +313,29 @@ def plot(self:Scoreboard, ax=None):
     ax.invert_yaxis(); ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
-# %% ../nbs/08_evaluation.ipynb #9a824e05
+# %% ../nbs/08_evaluation.ipynb #c04526de
 class Versus(list):
     "A list of `Difference`s that shows as a table"
     def __str__(self): return "\n".join(map(str, self))
 
-# %% ../nbs/08_evaluation.ipynb #b1e58465
+# %% ../nbs/08_evaluation.ipynb #a23191c1
 def _difference_row(d):
     cells = (metric_name(d.metric), f"{d.a} − {d.b}", B(f"{d.value:+.1f}"),
              f"[{d.low:+.1f}, {d.high:+.1f}]", d.verdict)
     return Tr(*(Td(c, style=_LEFT) for c in cells), Td(f"p {_p_text(d.p)}", cls="bar"))
 
-# %% ../nbs/08_evaluation.ipynb #a60a5e4c
+# %% ../nbs/08_evaluation.ipynb #b5eb63bb
 @patch
 def _table(self:Versus):
     heads = ("metric", "systems", "difference", "interval", "verdict")
     head = Thead(Tr(*(Th(h, style=_LEFT) for h in heads), Th("", cls="bar")))
     return Table(head, Tbody(*map(_difference_row, self)), cls="versus")
 
-# %% ../nbs/08_evaluation.ipynb #027a655a
+# %% ../nbs/08_evaluation.ipynb #0add7ee1
 @patch
 def _repr_html_(self:Versus): return to_xml(self._table(), indent=False)
 
-# %% ../nbs/08_evaluation.ipynb #b6385beb
+# %% ../nbs/08_evaluation.ipynb #0df5357d
 @patch
 def versus(
     self:Scoreboard,
@@ -350,11 +350,11 @@ def versus(
     def rival(m): return baseline or max(others, key=lambda s: self.scores[s][m].value)
     return Versus(self.compare(system, rival(m), m) for m in self.metrics)
 
-# %% ../nbs/08_evaluation.ipynb #7b28adf9
+# %% ../nbs/08_evaluation.ipynb #39279ce3
 def _said(d): return (f"{metric_name(d.metric)} {d.a_value:.1f} against {d.b_value:.1f} ({d.b}), "
                       f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]")
 
-# %% ../nbs/08_evaluation.ipynb #4826ddac
+# %% ../nbs/08_evaluation.ipynb #0b90a0be
 @patch
 def headline(self:Scoreboard, system=None) -> str:
     "What the board shows about `system` (the last one, unless told), in words"
@@ -368,7 +368,7 @@ def headline(self:Scoreboard, system=None) -> str:
         if ds: parts.append(f"{verdict}{than} on {len(ds)} of {n} ({'; '.join(map(_said, ds))})")
     return f"{system}: " + ", ".join(parts) + "."
 
-# %% ../nbs/08_evaluation.ipynb #5d8d5c4b
+# %% ../nbs/08_evaluation.ipynb #86625534
 @patch
 def to_dict(self:Scoreboard) -> dict:
     'As in `scores.json`: {"systems": {name: {metric: {"value", "low", "high", "signature", "n"}}}}'
@@ -376,7 +376,7 @@ def to_dict(self:Scoreboard) -> dict:
     return {"systems": {name: {m: {k: getattr(s, k) for k in keys} for m, s in scores.items()}
                         for name, scores in self.scores.items()}}
 
-# %% ../nbs/08_evaluation.ipynb #f7b80ed9
+# %% ../nbs/08_evaluation.ipynb #c3099dc8
 def _jsonable(x):
     "`x` with numpy's numbers, paths and the like as JSON knows them; nan becomes None"
     if isinstance(x, dict): return {str(k): _jsonable(v) for k, v in x.items()}
@@ -385,7 +385,7 @@ def _jsonable(x):
     if isinstance(x, float) and not math.isfinite(x): return None
     return x if x is None or isinstance(x, (str, int, float, bool)) else str(x)
 
-# %% ../nbs/08_evaluation.ipynb #0e6910d7
+# %% ../nbs/08_evaluation.ipynb #fff2091f
 def versions() -> dict: # name → version
     "The versions that a run depends on"
     found = {"python": platform.python_version(), "system": platform.system(),
@@ -395,7 +395,7 @@ def versions() -> dict: # name → version
         except PackageNotFoundError: pass
     return found
 
-# %% ../nbs/08_evaluation.ipynb #abd18ccc
+# %% ../nbs/08_evaluation.ipynb #1c1aeab0
 def size_text(n) -> str:
     "A number of bytes as people say it, in powers of ten: 1500000 → 1.5 MB"
     for unit in ("B", "kB", "MB"):
@@ -403,38 +403,38 @@ def size_text(n) -> str:
         n /= 1000
     return f"{n:.1f} GB"
 
-# %% ../nbs/08_evaluation.ipynb #04192752
+# %% ../nbs/08_evaluation.ipynb #288a0d84
 def time_text(s) -> str:
     "Seconds as people say them: 75 → 1 min 15 s"
     if s < 60: return f"{s:.1f} s"
     m, s = divmod(round(s), 60)
     return f"{m} min {s} s" if m < 60 else f"{m//60} h {m%60} min"
 
-# %% ../nbs/08_evaluation.ipynb #0f4a6b4e
+# %% ../nbs/08_evaluation.ipynb #ce971507
 _COST = {"seconds": ("training time", time_text), "peak_bytes": ("peak memory", size_text),
          "tokens_per_s": ("training speed", lambda x: f"{x:,.0f} tokens/s"),
          "adapter_bytes": ("adapter on disk", size_text)}
 
-# %% ../nbs/08_evaluation.ipynb #7853a4c0
+# %% ../nbs/08_evaluation.ipynb #57484509
 def _plain(v):
     "A setting's value as text: thousands separated, long fractions cut"
     if isinstance(v, bool) or not isinstance(v, (int, float)): return str(v)
     return f"{v:,}" if isinstance(v, int) else f"{v:,.4g}"
 
-# %% ../nbs/08_evaluation.ipynb #4f8ce9cb
+# %% ../nbs/08_evaluation.ipynb #282b42cd
 def _cost(train):
     "The training record in people's units; curves and other long entries stay in the JSON file"
     short = {k: v for k, v in train.items() if isinstance(v, (str, int, float))}
     known = {_COST[k][0]: _COST[k][1](v) for k, v in short.items() if k in _COST}
     return known | {k.replace("_", " "): _plain(v) for k, v in short.items() if k not in _COST}
 
-# %% ../nbs/08_evaluation.ipynb #177f6327
+# %% ../nbs/08_evaluation.ipynb #89e0b959
 def _facts(title, pairs):
     "A heading and a two-column list, or nothing"
     rows = [Tr(Th(k), Td(v)) for k, v in pairs.items()]
     return Section(H2(title), Table(*rows, cls="facts")) if rows else ""
 
-# %% ../nbs/08_evaluation.ipynb #21895c6f
+# %% ../nbs/08_evaluation.ipynb #9e1e5af0
 def _picture(title, fig):
     "A matplotlib figure or axes, SVG text or PNG bytes as an image inside the page"
     if not hasattr(fig, "savefig") and hasattr(fig, "get_figure"): fig = fig.get_figure()
@@ -446,7 +446,7 @@ def _picture(title, fig):
     url = f"data:image/{kind};base64,{base64.b64encode(raw).decode()}"
     return Figure(Img(src=url, alt=""), Figcaption(title))
 
-# %% ../nbs/08_evaluation.ipynb #3c01ce80
+# %% ../nbs/08_evaluation.ipynb #b03a9cd4
 def _sample(rows, n, seed):
     "About `n` row numbers drawn at random, shared out evenly over the tasks"
     at, rng = {}, random.Random(seed)
@@ -454,7 +454,7 @@ def _sample(rows, n, seed):
     share = -(-n // len(at))
     return [i for ix in at.values() for i in sorted(rng.sample(ix, min(share, len(ix))))]
 
-# %% ../nbs/08_evaluation.ipynb #a3c5279e
+# %% ../nbs/08_evaluation.ipynb #e7846fc3
 def _marks(row, reply, kind):
     "What can be checked at sight: the label, or the facts of the row"
     if kind == "label":
@@ -463,14 +463,14 @@ def _marks(row, reply, kind):
     said = {f: states(reply, f) for f in row.get("facts") or []}
     return [Span(f"✓ {f}", cls="ok") if ok else Span(f"✗ {f}", cls="no") for f, ok in said.items()]
 
-# %% ../nbs/08_evaluation.ipynb #42ec16ce
+# %% ../nbs/08_evaluation.ipynb #0c317bb8
 def _answer(name, text, marks=(), cls=""):
     more = len(text) - 1500
     if more > 0: text = f"{text[:1500]} … ({more:,} more characters)"
     marks = [x for m in marks for x in (" ", m)]
     return Div(H4(name, *marks), P(text or I("(nothing)")), cls=f"answer {cls}")
 
-# %% ../nbs/08_evaluation.ipynb #0de12cdc
+# %% ../nbs/08_evaluation.ipynb #adde8032
 def _card(board, i):
     "One row of the test set: what was asked, what was wanted, what each system said"
     r = board.rows[i]
@@ -482,7 +482,7 @@ def _card(board, i):
     asked = P(r.get("input") or r.get("instruction") or "", cls="asked")
     return Section(H3(f"{task}, row {i}"), asked, Div(*said, cls="answers"), cls="card")
 
-# %% ../nbs/08_evaluation.ipynb #b96c85f5
+# %% ../nbs/08_evaluation.ipynb #74b96d3c
 _CSS = """
 :root { --bg:#fff; --fg:#1b1f24; --soft:#f3f5f7; --line:#d5dae0; --ok:#00694d; --no:#a84300;
   --lead:#0072B2; color-scheme:light dark }
@@ -498,7 +498,7 @@ h1 { font-size:1.6rem; margin:.4rem 0 1rem } h2 { font-size:1.2rem; margin:2.2re
   grid-template-columns:repeat(auto-fit, minmax(min(100%, 18rem), 1fr)) }
 """
 
-# %% ../nbs/08_evaluation.ipynb #e8991e0f
+# %% ../nbs/08_evaluation.ipynb #5005bb47
 _CSS += """
 table { border-collapse:collapse; font-variant-numeric:tabular-nums }
 td, th { padding:.25rem .8rem .25rem 0; text-align:left } .versus { min-width:60% }
@@ -519,7 +519,7 @@ figure { margin:0 0 1rem } img { max-width:100%; background:#fff; border-radius:
   td, th { padding-right:.5rem } table { font-size:.9rem } }
 """
 
-# %% ../nbs/08_evaluation.ipynb #b1bdbc78
+# %% ../nbs/08_evaluation.ipynb #95eabf48
 _HOW = """Every score runs from 0 to 100, and more is better. The interval says how far a score
 would move on another test set of this size: it comes from scoring {n:,} test sets drawn from these
 rows with replacement. A difference is paired: both systems are scored on the same drawn rows. If
@@ -532,7 +532,7 @@ BLEU and ROUGE-L say how much wording a reply shares with a reference; a wrong n
 little. Fact recall is the share of required facts that are stated; it does not see what else is
 said. So read the answers too."""
 
-# %% ../nbs/08_evaluation.ipynb #995e61bc
+# %% ../nbs/08_evaluation.ipynb #dd726274
 def _lead(board, system):
     "The headline, as a sentence and a list"
     if len(board.scores) < 2: return Div(P(board.headline(system)), cls="lead")
@@ -545,7 +545,7 @@ def _differences(board, system):
     if len(board.scores) < 2: return ""
     return Section(H2("Differences, paired"), Div(board.versus(system)._table(), cls="wide"))
 
-# %% ../nbs/08_evaluation.ipynb #6767fc06
+# %% ../nbs/08_evaluation.ipynb #0a880af4
 def report_html(
     board, title, system=None, train={}, settings={}, figures={}, sample=12, # as in `save_run`
 ) -> str: # a whole HTML page
@@ -567,7 +567,7 @@ def report_html(
                 Meta(name="viewport", content="width=device-width, initial-scale=1"))
     return to_xml(Page(head, Body(page), lang="en"), indent=False)
 
-# %% ../nbs/08_evaluation.ipynb #26bcecaf
+# %% ../nbs/08_evaluation.ipynb #d2a90bc9
 def save_run(
     folder, # where to write; made if need be
     board:Scoreboard, # the scores, with rows and replies

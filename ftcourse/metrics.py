@@ -10,7 +10,7 @@ __all__ = ['AVERAGES', 'TOKENIZERS', 'SMOOTH', 'ROUGE_KINDS', 'Score', 'accuracy
            'show_matches', 'bleu_stats', 'bleu_from', 'bleu', 'rouge_tokens', 'lcs_length', 'lcs_positions',
            'rouge_prf', 'rouge', 'plainly', 'states', 'fact_recall', 'exact_match']
 
-# %% ../nbs/07_metrics.ipynb #b4d6f6d9
+# %% ../nbs/07_metrics.ipynb #84e31de1
 import html, re, string, unicodedata
 from collections import Counter
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ import numpy as np
 from fastcore.basics import patch
 from . import __version__
 
-# %% ../nbs/07_metrics.ipynb #da87815e
+# %% ../nbs/07_metrics.ipynb #e009ea62
 @dataclass
 class Score:
     "A score from 0 to 100, with the counts it came from (the design of sacreBLEU, Post 2018)"
@@ -39,7 +39,7 @@ class Score:
 
     def __float__(self): return self.value
 
-# %% ../nbs/07_metrics.ipynb #c3f59076
+# %% ../nbs/07_metrics.ipynb #964dfdde
 @patch
 def rows(self:Score) -> np.ndarray: # (rows,)
     "The score of each row taken alone"
@@ -53,7 +53,7 @@ def __repr__(self:Score):
 def _signature(**parts):
     return "|".join(f"{k}:{v}" for k, v in {**parts, "version": f"ftcourse-{__version__}"}.items())
 
-# %% ../nbs/07_metrics.ipynb #36fcf456
+# %% ../nbs/07_metrics.ipynb #e6aefb86
 def _check_pairs(a, b, a_name, b_name):
     "Two columns of one length, not empty, nothing missing; ValueError names row and remedy"
     if isinstance(a, str) or isinstance(b, str):
@@ -67,7 +67,7 @@ def _check_pairs(a, b, a_name, b_name):
             if x is None: raise ValueError(f"row {i}: {name} is None. Give the empty string for a "
                 f"system that said nothing; it then counts as wrong, which it is.")
 
-# %% ../nbs/07_metrics.ipynb #a45a54d5
+# %% ../nbs/07_metrics.ipynb #ef56f3e8
 def _mean(s): return 100 * s[..., 0] / np.maximum(s[..., 1], 1e-300)
 
 def accuracy(
@@ -79,7 +79,7 @@ def accuracy(
     stats = [(t == p, 1) for t, p in zip(y_true, y_pred)]
     return Score("accuracy", stats, _mean, _signature(labels="as given"))
 
-# %% ../nbs/07_metrics.ipynb #8dbb6918
+# %% ../nbs/07_metrics.ipynb #7e07765e
 def label_stats(
     y_true, y_pred, # a label a row
     labels, # the labels that count
@@ -95,10 +95,10 @@ def label_stats(
         if t == p: s[i, 0, index[t]] = 1
     return s.reshape(len(s), 3*k)
 
-# %% ../nbs/07_metrics.ipynb #0bed0def
+# %% ../nbs/07_metrics.ipynb #442f7527
 AVERAGES = ("macro", "micro", "weighted")
 
-# %% ../nbs/07_metrics.ipynb #d13fdd61
+# %% ../nbs/07_metrics.ipynb #73d7f697
 def prf_from(
     s, # (..., 3k): summed `label_stats`
     part="f1", # "precision", "recall" or "f1"
@@ -113,18 +113,18 @@ def prf_from(
     weight = true if average == "weighted" else (pred + true > 0)   # labels that occur at all
     return 100 * (each*weight).sum(-1) / np.maximum(weight.sum(-1), 1e-300)
 
-# %% ../nbs/07_metrics.ipynb #9f76b67f
+# %% ../nbs/07_metrics.ipynb #8f941dbb
 def _check_choice(argument, value, known):
     if value in known: return
     raise ValueError(f"{argument}={value!r}: choose one of {', '.join(known)}")
 
-# %% ../nbs/07_metrics.ipynb #f7041116
+# %% ../nbs/07_metrics.ipynb #210368fe
 def _known_labels(y_true, y_pred, labels):
     "Checks the columns; the labels that count, in order"
     _check_pairs(y_true, y_pred, "y_true", "y_pred")
     return sorted(set(y_true), key=str) if labels is None else list(labels)
 
-# %% ../nbs/07_metrics.ipynb #da5c52a3
+# %% ../nbs/07_metrics.ipynb #5d95dd9c
 def _label_score(part, y_true, y_pred, average, labels):
     _check_choice("average", average, AVERAGES)
     labels = _known_labels(y_true, y_pred, labels)
@@ -132,17 +132,17 @@ def _label_score(part, y_true, y_pred, average, labels):
     return Score(f"{part}_{average}", label_stats(y_true, y_pred, labels), fn,
                  _signature(average=average, labels=len(labels)))
 
-# %% ../nbs/07_metrics.ipynb #9cdc7d46
+# %% ../nbs/07_metrics.ipynb #64f22008
 def precision(y_true, y_pred, average="macro", labels=None) -> Score:
     "Of what was called a label, how much is it, in %; labels as in `f1`"
     return _label_score("precision", y_true, y_pred, average, labels)
 
-# %% ../nbs/07_metrics.ipynb #84b0d595
+# %% ../nbs/07_metrics.ipynb #7e6b521c
 def recall(y_true, y_pred, average="macro", labels=None) -> Score:
     "Of what is a label, how much was found, in %; labels as in `f1`"
     return _label_score("recall", y_true, y_pred, average, labels)
 
-# %% ../nbs/07_metrics.ipynb #4ed32bf5
+# %% ../nbs/07_metrics.ipynb #40058491
 def f1(
     y_true, # the right label of each row
     y_pred, # the predicted label of each row; one that is not among `labels` counts as wrong
@@ -152,7 +152,7 @@ def f1(
     "Harmonic mean of precision and recall, in %. Raises ValueError for columns that don't match"
     return _label_score("f1", y_true, y_pred, average, labels)
 
-# %% ../nbs/07_metrics.ipynb #8a5c831b
+# %% ../nbs/07_metrics.ipynb #9dad792c
 def per_class(
     y_true, y_pred, # a label a row
     labels=None, # default: those in `y_true`
@@ -164,14 +164,14 @@ def per_class(
     return {l: {**{p: float(v[i]) for p, v in parts.items()}, "n": n[l]}
             for i, l in enumerate(labels)}
 
-# %% ../nbs/07_metrics.ipynb #26be71c3
+# %% ../nbs/07_metrics.ipynb #d45333f9
 @dataclass
 class Confusion:
     "How often each true label (row) was given each predicted one (column)"
     counts:np.ndarray # (k, k+1); the last column holds predictions that are no known label
     labels:list       # the k labels, in order
 
-# %% ../nbs/07_metrics.ipynb #140b1b52
+# %% ../nbs/07_metrics.ipynb #8f47e40d
 def confusion(y_true, y_pred, labels=None) -> Confusion:
     "Counts of true against predicted labels; labels as in `f1`"
     labels = _known_labels(y_true, y_pred, labels)
@@ -180,7 +180,7 @@ def confusion(y_true, y_pred, labels=None) -> Confusion:
     counts = true.T @ np.hstack([pred, 1 - pred.sum(1, keepdims=True)])   # (k, k+1)
     return Confusion(counts.astype(int), labels)
 
-# %% ../nbs/07_metrics.ipynb #5d841c9f
+# %% ../nbs/07_metrics.ipynb #dbf417ef
 @patch
 def plot(self:Confusion, ax=None):
     "A heat map with the counts written in; returns the axes"
@@ -196,7 +196,7 @@ def plot(self:Confusion, ax=None):
                                   color="white" if c > self.counts.max()/2 else "black")
     return ax
 
-# %% ../nbs/07_metrics.ipynb #a5c8e41a
+# %% ../nbs/07_metrics.ipynb #7880d82d
 _MARKS = re.escape("".join(c for c in string.punctuation if c not in "',-."))   # all but ' , - .
 _13A = [(re.compile(p), new) for p, new in (
     (f"([{_MARKS} ])", r" \1 "),
@@ -204,7 +204,7 @@ _13A = [(re.compile(p), new) for p, new in (
     (r"([.,])([^0-9])", r" \1 \2"),   # … or after it: 3.50 and 1,000 stay whole
     (r"([0-9])(-)", r"\1 \2 "))]      # a dash after a digit
 
-# %% ../nbs/07_metrics.ipynb #92e16f6e
+# %% ../nbs/07_metrics.ipynb #95e8d2e5
 def tokenize_13a(line:str) -> list[str]:
     "The words of `line` as NIST's mteval-v13a cuts them, punctuation split off"
     line = line.replace("<skipped>", "").replace("-\n", "").replace("\n", " ")
@@ -214,18 +214,18 @@ def tokenize_13a(line:str) -> list[str]:
     for pattern, new in _13A: line = pattern.sub(new, line)
     return line.split()
 
-# %% ../nbs/07_metrics.ipynb #61cf82e3
+# %% ../nbs/07_metrics.ipynb #6ec880b5
 def tokenize_char(line:str) -> list[str]:
     "The characters of `line`, white space left out"
     return [c for c in line if not c.isspace()]
 
 TOKENIZERS = {"13a": tokenize_13a, "none": str.split, "char": tokenize_char}
 
-# %% ../nbs/07_metrics.ipynb #6ed508d9
+# %% ../nbs/07_metrics.ipynb #6cd504a3
 def _tokens(text, tokenize, lowercase):
     return TOKENIZERS[tokenize]((text.lower() if lowercase else text).rstrip())
 
-# %% ../nbs/07_metrics.ipynb #fa15922a
+# %% ../nbs/07_metrics.ipynb #c703fdf9
 def ngrams(
     tokens, # a list of words
     n:int, # length of the runs
@@ -233,7 +233,7 @@ def ngrams(
     "Count the runs of `n` neighbouring words"
     return Counter(zip(*(tokens[i:] for i in range(n))))
 
-# %% ../nbs/07_metrics.ipynb #1c585d1a
+# %% ../nbs/07_metrics.ipynb #b1d58f24
 class Html(str):
     "A string that a notebook shows as HTML"
     def _repr_html_(self): return str(self)
@@ -245,7 +245,7 @@ def _mark(word, n):
     style = f"background:{_SHADES[n]};color:#000;border-radius:3px;padding:0 .2em" if n else ""
     return f'<span style="{style}">{html.escape(word)}</span>'
 
-# %% ../nbs/07_metrics.ipynb #d09fa942
+# %% ../nbs/07_metrics.ipynb #fc3d016f
 def show_matches(
     hyp:str, # a system's reply
     refs, # the references of this row
@@ -262,7 +262,7 @@ def show_matches(
     legend = " ".join(_mark(f"{n}-gram", n) for n in (1, 2, 3, 4))
     return Html(f'<p style="line-height:1.9">{text}</p><p><small>{legend}</small></p>')
 
-# %% ../nbs/07_metrics.ipynb #947bcef9
+# %% ../nbs/07_metrics.ipynb #12ad5e31
 @lru_cache(maxsize=50_000)
 def _reference(refs, tokenize, lowercase):
     "The most that any reference has of each n-gram, and the references' lengths"
@@ -270,7 +270,7 @@ def _reference(refs, tokenize, lowercase):
     for t in tokens: most |= sum((ngrams(t, n) for n in (1, 2, 3, 4)), Counter())
     return most, [len(t) for t in tokens]
 
-# %% ../nbs/07_metrics.ipynb #1b8301ce
+# %% ../nbs/07_metrics.ipynb #1515821e
 def bleu_stats(hyp, refs, tokenize, lowercase):
     "One row's ten counts: words of the reply, of the nearest reference, matches (4), n-grams (4)"
     h = _tokens(hyp, tokenize, lowercase)
@@ -279,10 +279,10 @@ def bleu_stats(hyp, refs, tokenize, lowercase):
     nearest = min(lengths, key=lambda l: (abs(l - len(h)), l))
     return [len(h), nearest, *matches, *(max(len(h) - n + 1, 0) for n in (1, 2, 3, 4))]
 
-# %% ../nbs/07_metrics.ipynb #5c97b888
+# %% ../nbs/07_metrics.ipynb #06ed42d6
 SMOOTH = ("exp", "floor", "none")
 
-# %% ../nbs/07_metrics.ipynb #fa6f0535
+# %% ../nbs/07_metrics.ipynb #b0592c14
 def bleu_from(
     s, # (..., 10): summed `bleu_stats`
     smooth="exp", # what stands in for no match: "exp", "floor" (0.1) or "none"
@@ -299,7 +299,7 @@ def bleu_from(
         score = 100 * bp * np.exp(log_p.mean(-1))
     return np.where(match.any(-1), score, 0.)
 
-# %% ../nbs/07_metrics.ipynb #d1686d95
+# %% ../nbs/07_metrics.ipynb #c3076390
 def _check_refs(hyps, refs):
     "One list of references a row, each a string; a plain string stands for a list of one"
     _check_pairs(hyps, refs, "hyps", "refs")
@@ -314,7 +314,7 @@ def _check_refs(hyps, refs):
                 f"Rows may have different numbers of references: leave missing ones out.")
     return refs
 
-# %% ../nbs/07_metrics.ipynb #4d70ebd0
+# %% ../nbs/07_metrics.ipynb #e50f38c3
 def bleu(
     hyps, # a reply a row
     refs, # a list of references a row (any number each), or a string for just one
@@ -335,7 +335,7 @@ def bleu(
     fn = partial(bleu_from, smooth=smooth, effective_order=effective_order)
     return Score("bleu", stats, fn, sig)
 
-# %% ../nbs/07_metrics.ipynb #270aefb3
+# %% ../nbs/07_metrics.ipynb #8b08266c
 def rouge_tokens(
     text:str,
     stem=None, # word → stem for words of 4 letters and more, such as nltk's PorterStemmer().stem
@@ -344,7 +344,7 @@ def rouge_tokens(
     found = re.findall("[a-z0-9]+", text.lower())
     return [stem(w) if len(w) > 3 else w for w in found] if stem else found
 
-# %% ../nbs/07_metrics.ipynb #838c96f7
+# %% ../nbs/07_metrics.ipynb #c4ef8564
 def lcs_length(a, b) -> int:
     "Length of the longest common subsequence of two lists, a whole row at a time (Hyyrö 2004)"
     where, full = {}, (1 << len(a)) - 1
@@ -355,7 +355,7 @@ def lcs_length(a, b) -> int:
         v = ((v + hit) | (v - hit)) & full
     return len(a) - v.bit_count()
 
-# %% ../nbs/07_metrics.ipynb #64d0ff74
+# %% ../nbs/07_metrics.ipynb #39d5220f
 def lcs_positions(a, b) -> list[int]:
     "Which places of `a` are in a longest common subsequence with `b` (ties as in rouge-score)"
     t = [[0]*(len(b) + 1) for _ in range(len(a) + 1)]
@@ -368,7 +368,7 @@ def lcs_positions(a, b) -> list[int]:
         else: i -= 1
     return places[::-1]
 
-# %% ../nbs/07_metrics.ipynb #59740f8c
+# %% ../nbs/07_metrics.ipynb #4a35a543
 def _hits_lsum(hyp_lines, ref_lines):
     "Words of the reference's lines in a common subsequence with a line of the reply, each once"
     left, hits = Counter(w for l in hyp_lines for w in l), 0
@@ -379,10 +379,10 @@ def _hits_lsum(hyp_lines, ref_lines):
 
 def _lines(text, stem): return [rouge_tokens(l, stem) for l in text.split("\n") if l]
 
-# %% ../nbs/07_metrics.ipynb #588007db
+# %% ../nbs/07_metrics.ipynb #db3ea895
 ROUGE_KINDS = ("1", "2", "L", "Lsum")
 
-# %% ../nbs/07_metrics.ipynb #0494c7b1
+# %% ../nbs/07_metrics.ipynb #a59b8cc0
 @lru_cache(maxsize=50_000)
 def _rouge_units(text, kind, stem):
     "What `kind` compares: a counter of n-grams, a list of words, or a list of lines; and its size"
@@ -391,7 +391,7 @@ def _rouge_units(text, kind, stem):
     if kind != "L": u = ngrams(u, int(kind)); return u, u.total()
     return u, len(u)
 
-# %% ../nbs/07_metrics.ipynb #09651010
+# %% ../nbs/07_metrics.ipynb #57381f1c
 def rouge_prf(hyp, ref, kind, stem=None):
     "Precision, recall and F of one reply against one reference, each from 0 to 1"
     (h, nh), (r, nr) = _rouge_units(hyp, kind, stem), _rouge_units(ref, kind, stem)
@@ -400,10 +400,10 @@ def rouge_prf(hyp, ref, kind, stem=None):
     p, q = hits/max(nh, 1), hits/max(nr, 1)
     return p, q, 2*p*q/(p + q) if hits else 0.
 
-# %% ../nbs/07_metrics.ipynb #bcaa8e2a
+# %% ../nbs/07_metrics.ipynb #dc83b9a3
 def _rouge_score(s, part): return 100 * s[..., part] / np.maximum(s[..., 3], 1e-300)
 
-# %% ../nbs/07_metrics.ipynb #ca961d1a
+# %% ../nbs/07_metrics.ipynb #cdd121fa
 def rouge(
     hyps, # a reply a row
     refs, # a list of references a row, or a string for just one
@@ -420,7 +420,7 @@ def rouge(
     sig = _signature(kind=kind, part=part, refs="best", stem="yes" if stem else "no", tok="a-z0-9")
     return Score(f"rouge_{kind.lower()}", stats, partial(_rouge_score, part=parts.index(part)), sig)
 
-# %% ../nbs/07_metrics.ipynb #5ec9c46a
+# %% ../nbs/07_metrics.ipynb #e43bd351
 _ONES = "one two three four five six seven eight nine".split()
 _TEENS = ("ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen").split()
 _TENS = "twenty thirty forty fifty sixty seventy eighty ninety".split()
@@ -429,7 +429,7 @@ _VALUE = {w: i for i, w in enumerate(["zero", *_ONES, *_TEENS])} | \
 _tens, _ones, _small = ("|".join(x) for x in (_TENS, _ONES, ["zero", *_ONES, *_TEENS]))
 _NUMBER = re.compile(rf"\b(?:({_tens})(?:[- ]({_ones}))?|({_small}))\b")   # forty-five; twelve
 
-# %% ../nbs/07_metrics.ipynb #c7177cd0
+# %% ../nbs/07_metrics.ipynb #0d911fa5
 def plainly(text:str) -> str:
     "`text` for comparing facts: one case, one kind of dash and space, numbers in digits"
     text = unicodedata.normalize("NFKC", text).casefold().replace("\u2019", "'")
@@ -437,7 +437,7 @@ def plainly(text:str) -> str:
     text = _NUMBER.sub(lambda m: str(sum(_VALUE[w] for w in m.groups())), text)
     return " ".join(re.sub(r"(?<=\d),(?=\d{3}\b)", "", text).split())   # 1,000 → 1000
 
-# %% ../nbs/07_metrics.ipynb #43508d6c
+# %% ../nbs/07_metrics.ipynb #851e9c72
 def states(
     reply:str, # what a system said
     fact:str, # a string that a right answer has to contain
@@ -448,7 +448,7 @@ def states(
     whole = rf"(?<!\w)(?<!\d[.,]){re.escape(fact)}(?!\w|[.,]\d)"
     return bool(re.search(whole, plainly(reply)))
 
-# %% ../nbs/07_metrics.ipynb #670f9e99
+# %% ../nbs/07_metrics.ipynb #4f6e7899
 def fact_recall(
     hyps, # a reply a row
     facts, # a list of strings a row; an empty list for a row without facts
@@ -464,7 +464,7 @@ def fact_recall(
     sig = _signature(match="whole words", numbers="digits", case="lc")
     return Score("fact_recall", stats, _mean, sig)
 
-# %% ../nbs/07_metrics.ipynb #b4929653
+# %% ../nbs/07_metrics.ipynb #5a3ded62
 def exact_match(
     hyps, # a reply a row
     refs, # a list of references a row, or a string for just one

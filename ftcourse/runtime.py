@@ -8,18 +8,18 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/runtime.html.md"""
 __all__ = ['DEFAULTS', 'PROFILES', 'find_settings', 'settings', 'machine', 'device', 'cpu_has_bf16', 'precision',
            'seed_everything', 'peak_bytes', 'Meter', 'progress', 'write_atomic', 'cache_dir']
 
-# %% ../nbs/01_runtime.ipynb #7a5d6d8b
+# %% ../nbs/01_runtime.ipynb #de7e12e3
 import configparser, contextlib, os, random, sys, threading, time
 from ast import literal_eval
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../nbs/01_runtime.ipynb #763544cd
+# %% ../nbs/01_runtime.ipynb #e34cbd4e
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/01_runtime.ipynb #58534797
+# %% ../nbs/01_runtime.ipynb #0c8309e1
 DEFAULTS = """
 [DEFAULT]
 corpus = desk
@@ -38,9 +38,12 @@ max_tokens = 1024
 max_new_tokens = 96
 batch_size = 32
 runs = runs
+input =
+output =
+instruction =
 """
 
-# %% ../nbs/01_runtime.ipynb #08dafcea
+# %% ../nbs/01_runtime.ipynb #6c3b6e4c
 PROFILES = """
 [cpu]
 [cpu:e2e]
@@ -65,7 +68,7 @@ shots = 2
 max_new_tokens = 24
 """
 
-# %% ../nbs/01_runtime.ipynb #5ce3ddf8
+# %% ../nbs/01_runtime.ipynb #5fc0af8f
 def find_settings(
     start=None, # folder to start in; the current one unless told
 ) -> Path|None: # the nearest `settings.ini` here or above that is ours, or None
@@ -73,7 +76,7 @@ def find_settings(
     for d in [Path(start or ".").resolve(), *Path(start or ".").resolve().parents]:
         if (d/"settings.ini").is_file() and "corpus" in (d/"settings.ini").read_text(): return d/"settings.ini"
 
-# %% ../nbs/01_runtime.ipynb #c565e850
+# %% ../nbs/01_runtime.ipynb #882cb406
 def _typed(key, text, like, where):
     "`text` as a value of the same type as `like`"
     if isinstance(like, str): return text
@@ -83,7 +86,7 @@ def _typed(key, text, like, where):
         raise ValueError(f"{where}: {key} = {text!r} is not a number; write for example {key} = {like}")
     return type(like)(v)
 
-# %% ../nbs/01_runtime.ipynb #3d43da58
+# %% ../nbs/01_runtime.ipynb #1b43a705
 def _read(path):
     "The built-in settings, with those of the file at `path` on top"
     ini = configparser.ConfigParser()
@@ -93,7 +96,7 @@ def _read(path):
         raise ValueError(f"{path} can't be read ({e}); compare it with the course's own settings.ini") from e
     return ini
 
-# %% ../nbs/01_runtime.ipynb #23d62ea4
+# %% ../nbs/01_runtime.ipynb #aa608569
 def settings(
     profile:str=None, # section to read: cpu, t4, a100, test; `FTCOURSE_PROFILE` or this machine's unless told
     path=None, # settings file; the nearest `settings.ini` unless told
@@ -110,9 +113,10 @@ def settings(
     corpus = over.get("corpus") or vals["corpus"]
     own = f"{profile}:{corpus}"
     if ini.has_section(own): vals = {**vals, **ini._sections[own], **env}
+    if path: vals["runs"] = os.path.relpath(Path(path).resolve().parent/vals["runs"])
     return _settings(vals, over, profile, where)
 
-# %% ../nbs/01_runtime.ipynb #a051d601
+# %% ../nbs/01_runtime.ipynb #10381799
 def _settings(vals, over, profile, where):
     "Check the keys, give each its type"
     like = configparser.ConfigParser()
@@ -123,25 +127,25 @@ def _settings(vals, over, profile, where):
     typed = {k: _typed(k, v, kinds[k], where) for k, v in vals.items()}
     return SimpleNamespace(profile=profile, **{**typed, **over})
 
-# %% ../nbs/01_runtime.ipynb #15d14aa5
+# %% ../nbs/01_runtime.ipynb #fe42e924
 def machine() -> str: # "cpu", "t4" or "a100"
     "The profile that fits this machine, by the memory of its GPU"
     if not torch.cuda.is_available(): return "cpu"
     return "a100" if torch.cuda.get_device_properties(0).total_memory > 30e9 else "t4"
 
-# %% ../nbs/01_runtime.ipynb #7fca8819
+# %% ../nbs/01_runtime.ipynb #35b3fddc
 def device() -> torch.device: # "cuda", "mps" (Apple) or "cpu"
     "The fastest device here"
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/01_runtime.ipynb #dfc89949
+# %% ../nbs/01_runtime.ipynb #9983c5f7
 def cpu_has_bf16() -> bool: # True with AVX-512 BF16 or AMX instructions
     "Does this processor multiply bf16 itself?"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, p, lambda: False)() for p in probes)
 
-# %% ../nbs/01_runtime.ipynb #ef5595ee
+# %% ../nbs/01_runtime.ipynb #852533ae
 def precision(
     dev=None, # device; this machine's unless told
 ) -> torch.dtype: # bfloat16, float16 or float32
@@ -150,27 +154,27 @@ def precision(
     if dev.type == "cuda": return torch.bfloat16 if torch.cuda.get_device_capability(dev)[0] >= 8 else torch.float16
     return torch.bfloat16 if dev.type == "cpu" and cpu_has_bf16() else torch.float32
 
-# %% ../nbs/01_runtime.ipynb #6d60a0be
+# %% ../nbs/01_runtime.ipynb #16a5b735
 def seed_everything(
     seed:int=0, # any whole number from 0 to 2**32-1
 ):
     "Seed Python's, NumPy's and PyTorch's generators, on all devices"
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/01_runtime.ipynb #6acf1e1c
+# %% ../nbs/01_runtime.ipynb #bfc0aa0e
 def _reset_peak():
     "Set the high-water mark back to now; True where that can be done"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); return True
     with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5"); return True
     return False
 
-# %% ../nbs/01_runtime.ipynb #1a278aef
+# %% ../nbs/01_runtime.ipynb #f931369e
 def _status(key):
     "A line of Linux's `/proc/self/status`, in bytes"
     line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key+":"))
     return int(line.split()[1]) * 1024
 
-# %% ../nbs/01_runtime.ipynb #6afa99ad
+# %% ../nbs/01_runtime.ipynb #244c1cf0
 def peak_bytes() -> int: # bytes
     "The most memory used since the last reset: the GPU's where there is one, otherwise the process's"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
@@ -179,7 +183,7 @@ def peak_bytes() -> int: # bytes
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
-# %% ../nbs/01_runtime.ipynb #ab6e58c4
+# %% ../nbs/01_runtime.ipynb #65a025da
 class Meter:
     "Measures the seconds and the peak memory of a `with` block; read `seconds` and `peak_bytes` at any time"
     def __enter__(self):
@@ -192,7 +196,7 @@ class Meter:
     @property
     def peak_bytes(self): return self._peak if self.stop else peak_bytes()
 
-# %% ../nbs/01_runtime.ipynb #059e3fcf
+# %% ../nbs/01_runtime.ipynb #a01e8162
 class _Lines:
     "Loop over `it`, with a line of text now and then"
     def __init__(self, it, total, desc, every): self.it, self.total, self.desc, self.every, self.note = it, total, desc, every, ""
@@ -205,7 +209,7 @@ class _Lines:
                 last = time.time()
                 print(f"{self.desc}: {i} of {self.total or '?'}, {last-start:.0f} s {self.note}", file=sys.stderr, flush=True)
 
-# %% ../nbs/01_runtime.ipynb #11993875
+# %% ../nbs/01_runtime.ipynb #18b31d8b
 def progress(
     it, # anything to loop over
     total:int=None, # how many; `len(it)` unless told
@@ -218,7 +222,7 @@ def progress(
     if plain: return _Lines(it, total, desc, every)
     return tqdm(it, total=total, desc=desc, mininterval=.5, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/01_runtime.ipynb #b1e10326
+# %% ../nbs/01_runtime.ipynb #c54a61b7
 def write_atomic(
     path, # file to write; its folder is made if need be
     data:str|bytes, # what to write; text as UTF-8
@@ -234,7 +238,7 @@ def write_atomic(
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/01_runtime.ipynb #b8db5e7c
+# %% ../nbs/01_runtime.ipynb #ccea784b
 def cache_dir() -> Path: # `FTCOURSE_CACHE`, or `~/.cache/ftcourse`
     "Where converted models and downloaded data are kept between runs"
     d = Path(os.environ.get("FTCOURSE_CACHE") or Path.home()/".cache"/"ftcourse")

@@ -35,7 +35,8 @@ def test_blocks_draw_what_one_piece_draws(monkeypatch):
 
 
 def test_equals_scoring_the_resampled_rows():
-    refs, hyps = [["a b c d e"], ["the cat sat on it"], ["x y z w"]]*5, ["a b c d", "the cat sat", "x y w"]*5
+    refs = [["a b c d e"], ["the cat sat on it"], ["x y z w"]]*5
+    hyps = ["a b c d", "the cat sat", "x y w"]*5
     score, rng = bleu(hyps, refs), np.random.default_rng(7)
     fast = draws(score, resamples=20, seed=7)[0]
     for f in fast:
@@ -48,7 +49,8 @@ def test_interval_equals_sacrebleus_within_sampling_error():
     hyps, refs = outputs("tgen"), references()
     theirs = BLEU(lowercase=True, force=True, references=streams(refs))
     stats = theirs._extract_corpus_statistics(hyps, None)
-    mean, half = estimate_ci(np.array([s.score for s in _bootstrap_resample(stats, theirs, 1000)[1]]))
+    scores = [s.score for s in _bootstrap_resample(stats, theirs, 1000)[1]]
+    mean, half = estimate_ci(np.array(scores))
     ours = bootstrap(bleu(hyps, refs, lowercase=True), seed=1)
     assert ours.low <= ours.value <= ours.high
     assert (ours.high - ours.low)/2 == pytest.approx(half, rel=.12)
@@ -75,7 +77,7 @@ def test_paired_equals_sacrebleus_within_sampling_error():
 
 @pytest.mark.parametrize("n, right", [(100, .7), (300, .9)])
 def test_intervals_of_accuracy_cover_the_truth(n, right):
-    trials = [bootstrap(coin_score(right, n, seed), resamples=400, seed=seed) for seed in range(400)]
+    trials = [bootstrap(coin_score(right, n, t), resamples=400, seed=t) for t in range(400)]
     covered = np.mean([s.low <= 100*right <= s.high for s in trials])
     assert .92 <= covered <= .98, covered
 
@@ -179,8 +181,8 @@ def board(desk):
 
 
 def test_board(board):
-    assert set(board.metrics) == {"route/accuracy", "route/f1_macro", "answer/bleu", "answer/rouge_l",
-                                  "answer/fact_recall"}
+    assert set(board.metrics) == {"route/accuracy", "route/f1_macro", "answer/bleu",
+                                  "answer/rouge_l", "answer/fact_recall"}
     for scores in board.scores.values():
         for s in scores.values(): assert 0 <= s.low <= s.value <= s.high <= 100 + 1e-9, s
     assert all(board.best(m) == "tuned" for m in board.metrics)
@@ -255,7 +257,8 @@ def test_errors_of_the_board(systems, rows, kinds, says):
 
 def test_errors_of_versus(board):
     with pytest.raises(KeyError, match="there are: zero, few, tuned"): board.versus("tunde")
-    alone = Scoreboard({"zero": board["zero"]}, {"zero": board.systems["zero"]}, board.rows, board.kinds)
+    replies = {"zero": board.systems["zero"]}
+    alone = Scoreboard({"zero": board["zero"]}, replies, board.rows, board.kinds)
     with pytest.raises(ValueError, match="add a baseline"): alone.versus()
     assert alone.headline().startswith("zero: ")
 
@@ -268,11 +271,13 @@ def test_save_run(board, tmp_path):
     import matplotlib.pyplot as plt
     fig, ax = plt.subplots()
     ax.plot([3, 2, 1])
-    report = save_run(tmp_path/"run", board, title="<i>T</i>", figures={"Loss <1>": fig, "Axes": ax},
+    report = save_run(tmp_path/"run", board, title="<i>T</i>",
+        figures={"Loss <1>": fig, "Axes": ax},
         train={"seconds": np.float32(75), "tokens_per_s": 535.2, "peak_bytes": 2_100_000_000,
                "adapter_bytes": 9_800_000, "losses": np.array([3., np.nan]), "at": tmp_path},
         settings=SimpleNamespace(seed=0, lr=2e-3, model="<script>x</script>"))
-    page, saved = report.read_text("utf-8"), json.loads((tmp_path/"run/scores.json").read_text("utf-8"))
+    page = report.read_text("utf-8")
+    saved = json.loads((tmp_path/"run/scores.json").read_text("utf-8"))
     assert sorted(p.name for p in (tmp_path/"run").iterdir()) == ["report.html", "scores.json"]
     assert saved["systems"]["tuned"]["answer/bleu"]["value"] == board["tuned"]["answer/bleu"].value
     assert saved["train"]["losses"] == [3.0, None] and saved["train"]["tokens_per_s"] == 535.2
@@ -300,6 +305,7 @@ def test_a_failed_report_leaves_the_old_one(board, tmp_path):
 
 
 def test_units():
-    assert [size_text(n) for n in (0, 999, 1500, 1_500_000, 2.1e9)] == ["0 B", "999 B", "1.5 kB", "1.5 MB", "2.1 GB"]
+    assert [size_text(n) for n in (0, 999, 1500, 1_500_000, 2.1e9)] == ["0 B", "999 B", "1.5 kB",
+                                                                        "1.5 MB", "2.1 GB"]
     assert [time_text(s) for s in (.5, 59.94, 75, 119.7, 4025)] == ["0.5 s", "59.9 s", "1 min 15 s",
                                                                     "2 min 0 s", "1 h 7 min"]

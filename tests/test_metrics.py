@@ -1,4 +1,4 @@
-"`ftcourse.metrics` against sacreBLEU, rouge-score and scikit-learn, on real outputs and on made-up ones"
+"`ftcourse.metrics` against sacreBLEU, rouge-score and scikit-learn, on real and made-up outputs"
 import csv, random, subprocess, sys
 import numpy as np
 import pytest
@@ -6,13 +6,15 @@ import sacrebleu
 from hypothesis import given, settings, strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
-from sklearn.metrics import accuracy_score, confusion_matrix, precision_recall_fscore_support
+from sklearn.metrics import accuracy_score, confusion_matrix
+from sklearn.metrics import precision_recall_fscore_support as sk_prf
 from ftcourse.metrics import (AVERAGES, ROUGE_KINDS, SMOOTH, TOKENIZERS, accuracy, bleu, bleu_stats,
-    confusion, exact_match, f1, fact_recall, lcs_length, lcs_positions, per_class, plainly, precision,
-    recall, rouge, rouge_prf, rouge_tokens, show_matches, states, tokenize_13a)
+    confusion, exact_match, f1, fact_recall, lcs_length, lcs_positions, per_class, plainly,
+    precision, recall, rouge, rouge_prf, rouge_tokens, show_matches, states, tokenize_13a)
 from humans import OFFICIAL, ROOT, needs_e2e, outputs, references, streams, systems
 
-words = st.sampled_from("the cat sat on a mat . , 3.50 -5 £20 it's Ünïcode 中文 x-y &amp; <b> … \n".split(" "))
+VOCABULARY = "the cat sat on a mat . , 3.50 -5 £20 it's Ünïcode 中文 x-y &amp; <b> … \n".split(" ")
+words = st.sampled_from(VOCABULARY)
 texts = st.one_of(st.lists(words, max_size=14).map(" ".join), st.text(max_size=30))
 rows = st.lists(st.tuples(texts, st.lists(texts, min_size=1, max_size=3)), min_size=1, max_size=6)
 quick = settings(max_examples=150, deadline=None)
@@ -54,12 +56,14 @@ def test_bleu_equals_sacrebleu_on_every_system():
 def test_bleu_settings(smooth, tokenize):
     hyps, refs = outputs("chen")[:100], references()[:100]
     ours = bleu(hyps, refs, tokenize=tokenize, smooth=smooth)
-    theirs = sacrebleu.corpus_bleu(hyps, streams(refs), smooth_method=smooth, tokenize=tokenize, force=True)
+    theirs = sacrebleu.corpus_bleu(hyps, streams(refs), smooth_method=smooth, tokenize=tokenize,
+                                   force=True)
     assert abs(ours.value - theirs.score) < 1e-9
 
 
 @quick
-@given(rows, st.sampled_from(list(TOKENIZERS)), st.booleans(), st.sampled_from(SMOOTH), st.booleans())
+@given(rows, st.sampled_from(list(TOKENIZERS)), st.booleans(), st.sampled_from(SMOOTH),
+       st.booleans())
 def test_bleu_equals_sacrebleu_on_anything(pairs, tokenize, lowercase, smooth, effective):
     hyps, refs = [h for h, _ in pairs], [r for _, r in pairs]
     ours = bleu(hyps, refs, tokenize, lowercase, smooth, effective)
@@ -85,7 +89,7 @@ def test_bleu_properties(pairs):
     assert -1e-9 <= score.value <= 100 + 1e-9
     moved = bleu([hyps[i] for i in order], [refs[i] for i in order])
     assert abs(score.value - moved.value) < 1e-9                   # the order of rows is nothing
-    more = bleu(hyps, [r + [h] for h, r in zip(hyps, refs)])        # the reply itself as a reference
+    more = bleu(hyps, [r + [h] for h, r in zip(hyps, refs)])   # the reply itself as a reference
     assert np.all(more.stats[:, 2:6] >= score.stats[:, 2:6])        # can only add matches
     if any(len(tokenize_13a(h)) > 3 for h in hyps): assert more.value == pytest.approx(100)
 
@@ -95,7 +99,8 @@ def test_bleu_of_identical_texts_and_of_nothing():
     assert bleu(texts, texts).value == pytest.approx(100)
     assert bleu(["", ""], texts).value == 0
     assert bleu(texts, ["", ""]).value == 0
-    assert bleu(texts, texts).signature.startswith("nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:")
+    begins = "nrefs:1|case:mixed|eff:no|tok:13a|smooth:exp|version:"   # as sacreBLEU writes it
+    assert bleu(texts, texts).signature.startswith(begins)
     assert "nrefs:var" in bleu(texts, [["a"], ["a", "b"]]).signature
 
 
@@ -122,7 +127,8 @@ def test_rouge_equals_rouge_score_on_real_outputs():
 @needs_e2e
 def test_rouge_lsum_on_real_texts_of_several_lines():
     def lines(text): return text.replace(". ", ".\n")
-    hyps, refs = [*map(lines, outputs("tgen")[:300])], [[*map(lines, r)] for r in references()[:300]]
+    hyps = [*map(lines, outputs("tgen")[:300])]
+    refs = [[*map(lines, r)] for r in references()[:300]]
     assert sum("\n" in h for h in hyps) > 50
     scorer = RougeScorer(["rougeLsum"])
     theirs = [100*scorer.score_multi(r, h)["rougeLsum"].fmeasure for h, r in zip(hyps, refs)]
@@ -146,18 +152,21 @@ def test_rouge_properties(pairs):
     for kind in ROUGE_KINDS:
         s = rouge(hyps, refs, kind).rows()
         assert np.all((s >= 0) & (s <= 100 + 1e-9))
-        assert np.all(rouge(hyps, [r + ["the cat"] for r in refs], kind).rows() >= s)  # best of more
+        more = rouge(hyps, [r + ["the cat"] for r in refs], kind).rows()
+        assert np.all(more >= s)   # the best of more references
         same = rouge(hyps, hyps, kind).rows()
         enough = np.array([len(rouge_tokens(h)) > 1 for h in hyps])
         assert np.allclose(same[enough], 100)
 
 
 @quick
-@given(st.lists(st.sampled_from("abc"), max_size=70), st.lists(st.sampled_from("abcd"), max_size=70))
+@given(st.lists(st.sampled_from("abc"), max_size=70),
+       st.lists(st.sampled_from("abcd"), max_size=70))
 def test_lcs(a, b):
     t = np.zeros((len(a) + 1, len(b) + 1), dtype=int)
     for i, x in enumerate(a, 1):
-        for j, y in enumerate(b, 1): t[i, j] = t[i-1, j-1] + 1 if x == y else max(t[i-1, j], t[i, j-1])
+        for j, y in enumerate(b, 1):
+            t[i, j] = t[i-1, j-1] + 1 if x == y else max(t[i-1, j], t[i, j-1])
     assert lcs_length(a, b) == lcs_length(b, a) == t[-1, -1] == len(lcs_positions(a, b))
 
 
@@ -171,10 +180,10 @@ label_rows = st.integers(1, 40).flatmap(lambda n: st.tuples(
 def assert_equal_to_sklearn(y_true, y_pred):
     labels = sorted(set(y_true))
     for average in AVERAGES:
-        theirs = precision_recall_fscore_support(y_true, y_pred, average=average, labels=labels, zero_division=0)
+        theirs = sk_prf(y_true, y_pred, average=average, labels=labels, zero_division=0)
         for ours, x in zip((precision, recall, f1), theirs):
             assert abs(ours(y_true, y_pred, average).value/100 - x) <= 1e-12
-    theirs = precision_recall_fscore_support(y_true, y_pred, average=None, labels=labels, zero_division=0)
+    theirs = sk_prf(y_true, y_pred, average=None, labels=labels, zero_division=0)
     for label, *x in zip(labels, *theirs):
         p = per_class(y_true, y_pred)[label]
         assert np.abs(np.array([p["precision"], p["recall"], p["f1"]])/100 - x[:3]).max() <= 1e-12
@@ -184,6 +193,7 @@ def assert_equal_to_sklearn(y_true, y_pred):
     assert np.array_equal(known, confusion_matrix(y_true, y_pred, labels=labels))
 
 
+@pytest.mark.filterwarnings("ignore:A single label was found")
 @quick
 @given(label_rows)
 def test_labels_equal_sklearn_on_anything(columns): assert_equal_to_sklearn(*columns)
@@ -192,7 +202,8 @@ def test_labels_equal_sklearn_on_anything(columns): assert_equal_to_sklearn(*col
 @pytest.mark.skipif(not (ROOT/"banking77").is_dir(), reason="needs banking77: set FTCOURSE_DATA")
 def test_labels_equal_sklearn_on_banking77():
     "3,080 real labels; predictions by a nearest-neighbour rule, 5% of them labels nobody knows"
-    def read(split): return list(csv.DictReader(open(ROOT/"banking77"/f"{split}.csv", encoding="utf-8")))
+    def read(split):
+        with open(ROOT/"banking77"/f"{split}.csv", encoding="utf-8") as f: return [*csv.DictReader(f)]
     test, train, rng = read("test"), read("train")[::10], random.Random(0)
     pool = [(set(r["text"].lower().split()), r["category"]) for r in train]
     def guess(text):
