@@ -10,7 +10,7 @@ __all__ = ['WEIGHTS', 'CONFIG', 'PLAIN', 'MOVES_BASE', 'KEY', 'LowRank', 'LoRALi
            'unload', 'merge_and_unload', 'adapter_tensors', 'adapter_config', 'save_adapter', 'check_options',
            'read_adapter', 'match_adapter', 'load_adapter']
 
-# %% ../nbs/09_lora.ipynb #66913ed3
+# %% ../nbs/09_lora.ipynb #2f951b7b
 import json, math, re, warnings
 from collections import Counter
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from .runtime import write_atomic
 
-# %% ../nbs/09_lora.ipynb #43bc7df5
+# %% ../nbs/09_lora.ipynb #6ef3e595
 class LowRank(torch.autograd.Function):
     "`x W' + b + s (x A') B'` with hand-written derivatives; the frozen `W` and `b` never get any"
     @staticmethod
@@ -47,7 +47,7 @@ class LowRank(torch.autograd.Function):
         dB = (ctx.s * (h.t() @ dy).to(ctx.dtype)).t()
         return dx, None, None, dA, dB, None
 
-# %% ../nbs/09_lora.ipynb #2cec8f37
+# %% ../nbs/09_lora.ipynb #03ff64a0
 class LoRALinear(nn.Module):
     "A frozen linear layer plus a trainable update: `W x + alpha/r * B A x` (Hu et al. 2021, eq. 3)"
     def __init__(self,
@@ -69,7 +69,7 @@ class LoRALinear(nn.Module):
         self.lora_B = nn.Parameter(torch.zeros(n_out, r, **kind))  # (out, r)
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))      # nn.Linear's own default
 
-# %% ../nbs/09_lora.ipynb #6ad8c2e6
+# %% ../nbs/09_lora.ipynb #ee78c5ed
 @patch(as_prop=True)
 def in_features(self:LoRALinear): return self.base.in_features
 
@@ -86,14 +86,14 @@ def merged(self:LoRALinear): return bool(self.kept)
 def extra_repr(self:LoRALinear):
     return f"r={len(self.lora_A)}, scaling={self.scaling:g}" + (", merged" if self.merged else "")
 
-# %% ../nbs/09_lora.ipynb #a7992b5f
+# %% ../nbs/09_lora.ipynb #2028019f
 @patch
 def update(self:LoRALinear, x):  # (..., in) -> (..., out)
     "The low-rank term alone, by the formula: `alpha/r * B A x`"
     A, B = self.lora_A.to(x.dtype), self.lora_B.to(x.dtype)
     return self.scaling * F.linear(F.linear(x, A), B)
 
-# %% ../nbs/09_lora.ipynb #4715675c
+# %% ../nbs/09_lora.ipynb #b1609af1
 @patch
 def forward(self:LoRALinear, x):  # (..., in) -> (..., out)
     if self.merged:
@@ -109,7 +109,7 @@ def forward(self:LoRALinear, x):  # (..., in) -> (..., out)
     y = LowRank.apply(x.reshape(-1, x.shape[-1]), W, b, self.lora_A, self.lora_B, self.scaling)
     return y.view(*x.shape[:-1], y.shape[-1])
 
-# %% ../nbs/09_lora.ipynb #cc39c3ee
+# %% ../nbs/09_lora.ipynb #6dd7caa0
 def _some(found, target, layers):
     "`found`, unless it is empty: then a ValueError that lists what there is to choose from"
     if found: return found
@@ -119,7 +119,7 @@ def _some(found, target, layers):
                      'list of such names, as ["q_proj", "v_proj"]; a bare string is a regular '
                      "expression over full names, as r'model.layers.0.*q_proj'")
 
-# %% ../nbs/09_lora.ipynb #f5df4cef
+# %% ../nbs/09_lora.ipynb #6b01d08a
 def find_targets(model:nn.Module, # the model to look through
                  target=None, # None: all but the output layer; list: name endings; str: a regex
                 )->list:          # full names of the matching `nn.Linear` layers
@@ -133,7 +133,7 @@ def find_targets(model:nn.Module, # the model to look through
     wanted = {n for found in hits.values() for n in found}
     return _some([n for n in layers if n in wanted], target, layers)
 
-# %% ../nbs/09_lora.ipynb #badf75fb
+# %% ../nbs/09_lora.ipynb #5c2f5131
 @dataclass
 class LoRAConfig:
     "What one must know, besides the weights, to put an adapter back on its model"
@@ -143,7 +143,7 @@ class LoRAConfig:
     targets:list     # name endings of the adapted layers
     base:str = ""    # name of the model that was adapted
 
-# %% ../nbs/09_lora.ipynb #4add73e0
+# %% ../nbs/09_lora.ipynb #1ff80f7d
 def _endings(names, model):
     "The shortest list that means exactly `names`: their last parts if these catch nothing else"
     last = sorted({n.rpartition(".")[2] for n in names})
@@ -170,7 +170,7 @@ def add_lora(model:nn.Module, # changed in place
     model.lora_config = config
     return model
 
-# %% ../nbs/09_lora.ipynb #3a5c08ff
+# %% ../nbs/09_lora.ipynb #8bbf732b
 def lora_layers(model:nn.Module)->dict:  # full name -> `LoRALinear`
     "The adapted layers by name. Raises ValueError if there is none"
     found = {n: m for n, m in model.named_modules() if isinstance(m, LoRALinear)}
@@ -185,7 +185,7 @@ def lora_parameters(model:nn.Module)->list:  # what the optimizer should get: ev
             f"LoRA weights in {p.dtype}: small steps round to nothing. Cast first, then add_lora")
     return found
 
-# %% ../nbs/09_lora.ipynb #7d1975ef
+# %% ../nbs/09_lora.ipynb #22da4d6d
 class Count(NamedTuple):
     "How much of a model trains"
     trainable:int  # parameters that get a gradient
@@ -199,7 +199,7 @@ def count(model:nn.Module)->Count:
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return Count(sum(n for n, train in sizes if train), sum(n for n, _ in sizes))
 
-# %% ../nbs/09_lora.ipynb #1fd0e77e
+# %% ../nbs/09_lora.ipynb #4eb0d37c
 def check_trained(model:nn.Module):
     "Raise ValueError if the adapters do nothing (every B is zero) or hold a nan or an infinity"
     layers = lora_layers(model)
@@ -212,7 +212,7 @@ def check_trained(model:nn.Module):
         "every lora_B is still zero: training changed nothing. Check that labels are not all -100, "
         "that the optimizer got lora_parameters(model), and that the loss reaches them")
 
-# %% ../nbs/09_lora.ipynb #f58da905
+# %% ../nbs/09_lora.ipynb #03bb1cf4
 @torch.no_grad()
 def merged_weight(layer:LoRALinear)->torch.Tensor:  # (out, in), in the layer's own precision
     "`W + alpha/r * B A`, added in float32 or better and rounded once"
@@ -222,7 +222,7 @@ def merged_weight(layer:LoRALinear)->torch.Tensor:  # (out, in), in the layer's 
     wide = layer.lora_A.dtype
     return (W.to(wide) + layer.scaling * layer.lora_B @ layer.lora_A).to(W.dtype)
 
-# %% ../nbs/09_lora.ipynb #d7d4f449
+# %% ../nbs/09_lora.ipynb #5d78af5a
 def merge(model:nn.Module)->nn.Module:
     "Fold each update into its weight and keep the old weight for `unmerge`; again does nothing"
     for layer in lora_layers(model).values():
@@ -240,7 +240,7 @@ def unmerge(model:nn.Module)->nn.Module:
         layer.base.weight = W
     return model
 
-# %% ../nbs/09_lora.ipynb #a754f730
+# %% ../nbs/09_lora.ipynb #ffda0d7b
 def _strip(model):
     "Take the LoRA wrappers off; what their base layers hold stays"
     for name, layer in lora_layers(model).items():
@@ -252,7 +252,7 @@ def unload(model:nn.Module)->nn.Module:
     "Take the adapters off: the base model, as it was"
     return _strip(unmerge(model))
 
-# %% ../nbs/09_lora.ipynb #805f06df
+# %% ../nbs/09_lora.ipynb #e8ca0c53
 def merge_and_unload(model:nn.Module)->nn.Module:
     "A plain model with the updates in its weights: nothing of LoRA is left to see"
     model = _strip(merge(model))
@@ -262,7 +262,7 @@ def merge_and_unload(model:nn.Module)->nn.Module:
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
     return model
 
-# %% ../nbs/09_lora.ipynb #bff3a86d
+# %% ../nbs/09_lora.ipynb #d9c8bbf5
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def adapter_tensors(model:nn.Module)->dict:  # peft's key -> tensor on the CPU
@@ -274,7 +274,7 @@ def adapter_tensors(model:nn.Module)->dict:  # peft's key -> tensor on the CPU
     return {f"base_model.model.{name}.{k}.weight": getattr(m, k).detach().cpu().contiguous()
             for name, m in layers.items() for k in ("lora_A", "lora_B")}
 
-# %% ../nbs/09_lora.ipynb #ef09b5e8
+# %% ../nbs/09_lora.ipynb #e85e17e9
 def adapter_config(config:LoRAConfig)->dict:
     "The contents of peft's `adapter_config.json`"
     return dict(peft_type="LORA", task_type="CAUSAL_LM", base_model_name_or_path=config.base,
@@ -293,7 +293,7 @@ def save_adapter(model:nn.Module, # a model with LoRA, not merged
     write_atomic(folder/CONFIG, json.dumps(adapter_config(model.lora_config), indent=2) + "\n")
     return folder
 
-# %% ../nbs/09_lora.ipynb #4cf7f93b
+# %% ../nbs/09_lora.ipynb #0ba17fe9
 PLAIN = set("""auto_mapping base_model_name_or_path bias corda_config ensure_weight_tying eva_config
     exclude_modules inference_mode init_lora_weights layers_pattern layers_to_transform loftq_config
     lora_alpha lora_dropout lora_ga_config megatron_config megatron_core peft_type peft_version
@@ -309,7 +309,7 @@ def check_options(cfg:dict):
     if odd: raise ValueError("this adapter is more than plain LoRA: " + ", ".join(
         f"{k} = {cfg[k]!r}" for k in odd) + ". Load it with peft, or train it again without")
 
-# %% ../nbs/09_lora.ipynb #96ba73a5
+# %% ../nbs/09_lora.ipynb #caf13dfa
 def read_adapter(folder)->tuple:  # (configuration, {peft's key: tensor})
     "Read an adapter's two files. Raises FileNotFoundError or ValueError; never unpickles"
     folder = Path(folder)
@@ -327,7 +327,7 @@ def read_adapter(folder)->tuple:  # (configuration, {peft's key: tensor})
     check_options(cfg)
     return cfg, tensors
 
-# %% ../nbs/09_lora.ipynb #7a02519c
+# %% ../nbs/09_lora.ipynb #eabb98f2
 KEY = re.compile(r"base_model\.model\.(.+)\.(lora_[AB])\.weight")
 
 def match_adapter(model, cfg, tensors)->dict:  # layer name -> {"lora_A": tensor, "lora_B": tensor}
@@ -350,7 +350,7 @@ def _misfit(odd, n, cfg, model):
     return (f"the adapter doesn't fit: {len(odd)} of {n} tensors, first {first}. It was made for "
             f"{made_for!r}, and this model is {getattr(model, 'name_or_path', '')!r}")
 
-# %% ../nbs/09_lora.ipynb #adf7c4d4
+# %% ../nbs/09_lora.ipynb #f6281a53
 def _check_same(model, cfg, pairs):
     "The model already carries LoRA: is it the one in the file?"
     layers, c = lora_layers(model), model.lora_config
@@ -363,7 +363,7 @@ def _check_same(model, cfg, pairs):
     if differ: raise ValueError(f"the model's LoRA and the file's differ in {len(differ)} layers, "
                                 f"first {differ[0]}. Call unload(model) first")
 
-# %% ../nbs/09_lora.ipynb #6ae4af33
+# %% ../nbs/09_lora.ipynb #04d7445a
 def load_adapter(model:nn.Module, # the adapter's base model, with LoRA or without; changed in place
                  folder, # holds `adapter_model.safetensors` and `adapter_config.json`
                 )->nn.Module:

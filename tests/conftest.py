@@ -1,0 +1,33 @@
+"What every test shares: no hub, one place for real data, no benchmark by accident"
+import os
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")            # a test that needs the hub is no test
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads and forks don't mix
+os.environ.setdefault("OMP_NUM_THREADS", str(min(2, os.cpu_count() or 1)))
+if "FTCOURSE_DATA" not in os.environ and (ROOT.parent/"shared"/"data").is_dir():
+    os.environ["FTCOURSE_DATA"] = str(ROOT.parent/"shared"/"data")
+
+
+def pytest_ignore_collect(collection_path, config):
+    "Benchmarks run when asked for (`make bench`), never with the tests"
+    if collection_path.name == "benchmarks" or "benchmarks" in collection_path.parts:
+        return None if any("benchmarks" in str(a) for a in config.args) else True
+
+
+def pytest_collection_modifyitems(items):
+    "Cheap tests first, lessons last; those marked `cuda` wait for a GPU"
+    last = ("test_site.py", "test_notebooks.py")
+    items.sort(key=lambda i: last.index(i.path.name) + 1 if i.path.name in last else 0)
+    if not any(i.get_closest_marker("cuda") for i in items): return
+    import torch
+    if torch.cuda.is_available(): return
+    for i in items:
+        if i.get_closest_marker("cuda"): i.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(scope="session")
+def root(): return ROOT
