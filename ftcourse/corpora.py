@@ -10,7 +10,7 @@ __all__ = ['E2E', 'BANKING77', 'LEGAL', 'DESK_FILES', 'DESK', 'CORPORA', 'COMPAR
            'mistype', 'write_message', 'write_replies', 'compose', 'facts_table', 'load', 'labels', 'guide', 'Table',
            'show']
 
-# %% ../nbs/03_corpora.ipynb #232d5611
+# %% ../nbs/03_corpora.ipynb #b52c1bc6
 import copy, csv, hashlib, html, io, json, operator, os, random, re
 from dataclasses import asdict, dataclass
 from http.client import HTTPException
@@ -20,7 +20,7 @@ from urllib.request import urlopen
 from datasets import Dataset
 from .runtime import cache_dir, write_atomic
 
-# %% ../nbs/03_corpora.ipynb #a4f3472d
+# %% ../nbs/03_corpora.ipynb #365771cc
 @dataclass(frozen=True)
 class Corpus:
     "What a corpus tells about itself"
@@ -41,7 +41,7 @@ class Corpus:
                 f"{html.escape(str(v))}</td></tr>" for k, v in asdict(self).items()]
         return f"<table>{''.join(rows)}</table>"
 
-# %% ../nbs/03_corpora.ipynb #cd87232d
+# %% ../nbs/03_corpora.ipynb #7fd6d019
 E2E = Corpus("e2e",
     about="A table of facts about a restaurant becomes one or two sentences that state them",
     tasks={"e2e": "text"}, metrics={"e2e": "BLEU (13a, lowercased, all references)"},
@@ -54,7 +54,7 @@ E2E = Corpus("e2e",
         "devset.csv": "fc26b78cdb849c80545f513b223d1e051138b43882eeb79e3eb153e689c864f9",
         "testset_w_refs.csv": "edc8db685e39bb9824d5bd70c18b1c9b0412d14b527aa960e2d1c8251ee15ccd"})
 
-# %% ../nbs/03_corpora.ipynb #1174f608
+# %% ../nbs/03_corpora.ipynb #fbee696f
 BANKING77 = Corpus("banking77",
     about="A question to a bank gets one of 77 names; some of the names are known to be wrong",
     tasks={"intent": "label"}, metrics={"intent": "accuracy and macro F1"},
@@ -68,7 +68,7 @@ BANKING77 = Corpus("banking77",
         "train.csv": "b06e26ac675513959a63135f11b94ea7786ed02da65db93a5650d8838cbc664b",
         "test.csv": "d12d6e3bc4c3103966ae786dc435913c0c563dfa328f5a3646d0e62cfeeb474d"})
 
-# %% ../nbs/03_corpora.ipynb #22862af1
+# %% ../nbs/03_corpora.ipynb #bd039cf4
 LEGAL = Corpus("legal",
     about="A clause from terms of service becomes one plain sentence",
     tasks={"plain": "text"}, metrics={"plain": "ROUGE-1, ROUGE-2, ROUGE-L"},
@@ -78,7 +78,7 @@ LEGAL = Corpus("legal",
     base="https://raw.githubusercontent.com/lauramanor/legal_summarization/master/",
     sha256={"all_v1.json": "062e2e176b10e08e2b56c1675a64f5a5ddaac537d84bd68a92257015f46797fd"})
 
-# %% ../nbs/03_corpora.ipynb #c5ce8318
+# %% ../nbs/03_corpora.ipynb #b3269811
 def file_hash(path) -> str: # 64 hex digits
     "The SHA-256 of a file"
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -91,7 +91,7 @@ def read_desk(
     "One of the files that `desk` is composed from"
     return json.loads((DESK_FILES/file).read_text(encoding="utf-8"))
 
-# %% ../nbs/03_corpora.ipynb #5f85f283
+# %% ../nbs/03_corpora.ipynb #3a93f653
 DESK = Corpus("desk",
     about="The support desk of Larkmoor, a fictional outdoor shop: route a message, answer it",
     tasks={"route": "label", "answer": "text"},
@@ -101,7 +101,7 @@ DESK = Corpus("desk",
     source="https://github.com/ftcourse/ftcourse", revision=read_desk("kb.json")["version"],
     sha256={f.name: file_hash(f) for f in sorted(DESK_FILES.glob("*.json"))})
 
-# %% ../nbs/03_corpora.ipynb #0a544220
+# %% ../nbs/03_corpora.ipynb #ee369022
 CORPORA = {c.name: c for c in (DESK, E2E, BANKING77, LEGAL)}
 
 def names() -> list[str]:
@@ -116,7 +116,7 @@ def info(
     raise ValueError(f"No corpus is called {name!r}; there are {', '.join(CORPORA)}. "
                      "For a file of your own use ftcourse.formats.load (lesson 04)")
 
-# %% ../nbs/03_corpora.ipynb #540347bc
+# %% ../nbs/03_corpora.ipynb #66f7f994
 def _checked(corpus, file, data, place):
     "`data`, if its hash is the one in the registry"
     got, want = hashlib.sha256(data).hexdigest(), corpus.sha256[file]
@@ -125,14 +125,14 @@ def _checked(corpus, file, data, place):
                      f"SHA-256 {got[:12]}…, expected {want[:12]}…. Don't train on it; "
                      "delete it and load again")
 
-# %% ../nbs/03_corpora.ipynb #26371764
+# %% ../nbs/03_corpora.ipynb #df6738b2
 def _places(corpus, file):
     "Where `file` may lie already"
     data = os.environ.get("FTCOURSE_DATA")
     folders = [Path(data)/corpus.name] if data else []
     return [d/file for d in [*folders, cache_dir()/"corpora"/corpus.name]]
 
-# %% ../nbs/03_corpora.ipynb #4e902dd1
+# %% ../nbs/03_corpora.ipynb #7eb675ff
 def _download(corpus, file):
     "Fetch `file` from its publisher into the cache"
     url, keep = corpus.base + file, _places(corpus, file)[-1]
@@ -148,7 +148,7 @@ def _download(corpus, file):
     write_atomic(keep, _checked(corpus, file, data, url))
     return data
 
-# %% ../nbs/03_corpora.ipynb #6626969f
+# %% ../nbs/03_corpora.ipynb #3620db79
 def fetch(
     name:str, # corpus
     file:str, # one of the files in its `sha256`
@@ -159,7 +159,7 @@ def fetch(
         if p.is_file(): return _checked(corpus, file, p.read_bytes(), p).decode("utf-8")
     return _download(corpus, file).decode("utf-8")
 
-# %% ../nbs/03_corpora.ipynb #f8949d58
+# %% ../nbs/03_corpora.ipynb #3d53fa27
 def same(text:str) -> str:
     "`text` without its accidents: case and runs of spaces"
     return " ".join(text.casefold().split())
@@ -173,7 +173,7 @@ def held_out(
     place = int(hashlib.sha256(same(text).encode()).hexdigest()[:12], 16) / 16**12
     return start <= place < start + share
 
-# %% ../nbs/03_corpora.ipynb #4274919b
+# %% ../nbs/03_corpora.ipynb #7d7cc092
 def fill(
     text:str, # with slots such as {days} or {returns.days}
     fields:dict, # slot -> value
@@ -188,7 +188,7 @@ def rules(kb:dict) -> dict: # "returns.days" -> 40
     "The knowledge base's policies as a flat table"
     return {f"{area}.{key}": v for area, pol in kb["policies"].items() for key, v in pol.items()}
 
-# %% ../nbs/03_corpora.ipynb #ace85571
+# %% ../nbs/03_corpora.ipynb #4b97f70c
 COMPARE = {"<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 
 def holds(
@@ -200,7 +200,7 @@ def holds(
     left, op, right = when.split()
     return COMPARE[op](fields[left], fields[right])
 
-# %% ../nbs/03_corpora.ipynb #f4bb57ec
+# %% ../nbs/03_corpora.ipynb #b5bed6dd
 def _product(kb, kinds, rng):
     "A product of one of `kinds`, such as tent|jacket; `any` is anything that one can call `it`"
     def fits(p): return not p.get("plural") if kinds == "any" else p["kind"] in kinds.split("|")
@@ -222,7 +222,7 @@ def draw(
     fields |= {"product": p["name"], "nick": p["nick"], **{f"product.{k}": v for k, v in p.items()}}
     return fields | {k: rng.choice(v) for k, v in own.items() if k != "product"}
 
-# %% ../nbs/03_corpora.ipynb #b6481e8a
+# %% ../nbs/03_corpora.ipynb #585b0540
 KEYS = dict(zip("qwertyuiopasdfghjklzxcvbnm", "wertyuiopoasdfghjkl" + "xcvbnmn"))
 TYPOS = {
     "swap": lambda w, i: w[:i] + w[i+1] + w[i] + w[i+2:],
@@ -243,7 +243,7 @@ def mistype(
         text = text[:m.start()] + slip + text[m.end():]
     return text
 
-# %% ../nbs/03_corpora.ipynb #faab9fae
+# %% ../nbs/03_corpora.ipynb #841911d8
 def _join(parts):
     "Sentences on one line, greeting and signature on their own"
     text = ""
@@ -252,7 +252,7 @@ def _join(parts):
         text += (("\n" if brk else " ") if text else "") + p
     return text
 
-# %% ../nbs/03_corpora.ipynb #81270eab
+# %% ../nbs/03_corpora.ipynb #eccca4aa
 def write_message(
     phrase:str, # a phrasing from the bank
     bank:dict, # train.json or test.json
@@ -273,7 +273,7 @@ def write_message(
     end = fill(rng.choice(bank["closers"][close]), fields) if close else ""
     return _join([opening, body, end]), fields["name"] if close == "signed" else "", mood == "angry"
 
-# %% ../nbs/03_corpora.ipynb #d19b5895
+# %% ../nbs/03_corpora.ipynb #cb5bc674
 def write_replies(
     situation:dict, # from answers.json
     fields:dict, # slot -> value
@@ -287,7 +287,7 @@ def write_replies(
     return ([" ".join([*lead, fill(r, fields)]) for r in case["reply"]],
             [fill(f, fields) for f in case["facts"]])
 
-# %% ../nbs/03_corpora.ipynb #2e37cc1d
+# %% ../nbs/03_corpora.ipynb #9f860e30
 def _instruction(kb, task):
     "The fixed sentence in front of a task's rows"
     return fill(kb["instructions"][task], {"queues": ", ".join(kb["queues"])})
@@ -305,7 +305,7 @@ def _desk_row(kb, bank, split, task, topic, i, rng, situation):
                 references=[out, *(r for r in right if r != out)], facts=facts,
                 phrasing=phrase)
 
-# %% ../nbs/03_corpora.ipynb #251b4152
+# %% ../nbs/03_corpora.ipynb #600c1793
 def compose(
     split:str, # "train" or "test": whose hand
     kb:dict=None, # a knowledge base; the bundled one unless told
@@ -323,14 +323,14 @@ def compose(
         rows[same(row["input"])] = row
     return list(rows.values())
 
-# %% ../nbs/03_corpora.ipynb #6ab07266
+# %% ../nbs/03_corpora.ipynb #caa41cb2
 def _desk(split, kb=None):
     "Rows of `desk`; validation holds out phrasings"
     rows = compose("test" if split == "test" else "train", kb)
     if split == "test": return rows
     return [r for r in rows if held_out(r["phrasing"], .1) == (split == "valid")]
 
-# %% ../nbs/03_corpora.ipynb #175a2fd1
+# %% ../nbs/03_corpora.ipynb #f758a0c2
 FIELDS = {"eatType": "type", "priceRange": "price range", "familyFriendly": "family friendly"}
 
 def facts_table(
@@ -341,7 +341,7 @@ def facts_table(
     if not facts: raise ValueError(f"{mr!r} holds no name[value]; is this the mr column of E2E?")
     return "\n".join(f"{FIELDS.get(k.strip(), k.strip())}: {v}" for k, v in facts)
 
-# %% ../nbs/03_corpora.ipynb #02bbf0ea
+# %% ../nbs/03_corpora.ipynb #e29ddc3d
 def _csv(name, file):
     "Rows of a CSV file as dictionaries"
     return list(csv.DictReader(io.StringIO(fetch(name, file), newline="")))
@@ -359,7 +359,7 @@ def _e2e(split):
     return [dict(instruction=say, input=facts_table(mr), output=refs[0], task="e2e",
                  references=refs, mr=mr) for mr, refs in groups]
 
-# %% ../nbs/03_corpora.ipynb #70cdcd84
+# %% ../nbs/03_corpora.ipynb #5098b250
 def _banking77(split):
     "Questions and the names of their intents"
     rows = test = _csv("banking77", "test.csv")
@@ -371,7 +371,7 @@ def _banking77(split):
     return [dict(instruction="Name the intent of this bank customer's message.", input=text,
                  output=name, task="intent", references=[name]) for text, name in pairs]
 
-# %% ../nbs/03_corpora.ipynb #e728cf61
+# %% ../nbs/03_corpora.ipynb #f2285834
 def _legal_clean():
     "Pairs with a reference of two words and more, each clause once; and how many were dropped"
     pairs, dropped = {}, {"one word": 0, "twice": 0}
@@ -389,7 +389,7 @@ def _legal(split):
     return [dict(instruction=say, input=clause, output=plain, task="plain", references=[plain])
             for clause, plain in _legal_clean()[0] if held_out(plain, *where)]
 
-# %% ../nbs/03_corpora.ipynb #6829830e
+# %% ../nbs/03_corpora.ipynb #17179735
 SPLITS = ("train", "valid", "test")
 _READERS = {"desk": _desk, "e2e": _e2e, "banking77": _banking77, "legal": _legal}
 
@@ -414,7 +414,7 @@ def load(
         raise ValueError(f"{name} has no split {split!r}; there are {', '.join(SPLITS)}")
     return Dataset.from_list(_sample(_READERS[name](split), n, seed, f"{name}/{split}"))
 
-# %% ../nbs/03_corpora.ipynb #7e905e1a
+# %% ../nbs/03_corpora.ipynb #070d1ca9
 def labels(
     name:str, # corpus
     task:str, # a task of kind "label"
@@ -427,7 +427,7 @@ def labels(
     if name == "desk": return list(read_desk("kb.json")["queues"])
     return sorted({r["category"].replace("_", " ") for r in _csv(name, "train.csv")})
 
-# %% ../nbs/03_corpora.ipynb #d0fe4fbc
+# %% ../nbs/03_corpora.ipynb #e2bfef04
 def _handbook(kb):
     "The knowledge base's rules and products, a line each"
     def line(head, d):
@@ -451,9 +451,9 @@ def guide(
         kb = read_desk("kb.json")
         queues = "\n".join(f"{queue}: {takes}" for queue, takes in kb["queues"].items())
         return queues if task == "route" else _handbook(kb)
-    return "One of: " + ", ".join(labels(name, task)) if corpus.tasks[task] == "label" else ""
+    return ""
 
-# %% ../nbs/03_corpora.ipynb #04e2589e
+# %% ../nbs/03_corpora.ipynb #88949e75
 class Table:
     "Rows as a table on the page, text escaped, long cells cut"
     def __init__(self, rows, columns, width=220):

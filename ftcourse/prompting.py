@@ -7,17 +7,17 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/prompting.html.md"""
 # %% auto #0
 __all__ = ['request', 'pick_shots', 'shared_prefix', 'left_pad', 'decode_batch', 'generate', 'limits', 'answer', 'Cost', 'cost']
 
-# %% ../nbs/06_prompting.ipynb #67b9b120
+# %% ../nbs/06_prompting.ipynb #8953ae2c
 import random
 from dataclasses import dataclass
 
-# %% ../nbs/06_prompting.ipynb #8cad87dc
+# %% ../nbs/06_prompting.ipynb #76c1f142
 import torch
 from transformers import DynamicCache
 from .formats import render, to_messages
 from .runtime import progress
 
-# %% ../nbs/06_prompting.ipynb #5ebdf461
+# %% ../nbs/06_prompting.ipynb #7deb41a0
 def request(
     row:dict, # the row to answer
     shots=(), # rows with their answers, shown first
@@ -28,7 +28,7 @@ def request(
     shown = [m for s in shots for m in to_messages(s)[-2:]]
     return ask[:-1] + shown + ask[-1:]
 
-# %% ../nbs/06_prompting.ipynb #60b81c39
+# %% ../nbs/06_prompting.ipynb #66302faf
 def pick_shots(
     pool, # training rows
     task:str,
@@ -37,13 +37,14 @@ def pick_shots(
 ) -> list[dict]:
     "`n` examples of a task, with different answers as far as there are; raises `ValueError`"
     rows = [r for r in pool if r["task"] == task]
-    if len(rows) < n: raise ValueError(f"{n} examples of {task!r} are asked for, and the pool has {len(rows)}")
+    if len(rows) < n:
+        raise ValueError(f"{n} examples of {task!r} are asked for, and the pool has {len(rows)}")
     random.Random(seed).shuffle(rows)
     first = {r["output"]: i for i, r in reversed(list(enumerate(rows)))}
     order = sorted(range(len(rows)), key=lambda i: (i not in first.values(), i))
     return [rows[i] for i in order[:n]]
 
-# %% ../nbs/06_prompting.ipynb #b3983858
+# %% ../nbs/06_prompting.ipynb #8ab54ff0
 def shared_prefix(
     prompts:list[list[int]], # token ids
 ) -> int: # tokens
@@ -52,7 +53,7 @@ def shared_prefix(
     n = next((i for i, (a, b) in enumerate(zip(low, high)) if a != b), min(len(low), len(high)))
     return min(n, min(map(len, prompts)) - 1)
 
-# %% ../nbs/06_prompting.ipynb #712bc23f
+# %% ../nbs/06_prompting.ipynb #0cbcdccb
 def left_pad(
     rests:list[list[int]], # what is left of each prompt after the prefix
     prefix:int, # tokens before it
@@ -64,7 +65,7 @@ def left_pad(
     mask = torch.tensor([[1]*prefix + [0]*(T-len(r)) + [1]*len(r) for r in rests], device=device)
     return ids, mask, (mask.cumsum(-1) - 1)[:, prefix:].clamp(min=0)
 
-# %% ../nbs/06_prompting.ipynb #dc4762c5
+# %% ../nbs/06_prompting.ipynb #de4dbbb3
 @torch.no_grad()
 def decode_batch(
     model, rests:list[list[int]], cache, prefix:int, pad_id:int, ends:set, max_new_tokens:int,
@@ -73,20 +74,21 @@ def decode_batch(
     ids, mask, pos = left_pad(rests, prefix, pad_id, model.device)
     out, alive = [[] for _ in rests], list(range(len(rests)))
     for _ in range(max_new_tokens):
-        res = model(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=cache, use_cache=True,
-                    logits_to_keep=1)
+        res = model(input_ids=ids, attention_mask=mask, position_ids=pos, past_key_values=cache,
+                    use_cache=True, logits_to_keep=1)
         best = res.logits[:, -1].argmax(-1).tolist()
         for row, t in zip(alive, best):
             if t not in ends: out[row].append(t)
         keep = [i for i, t in enumerate(best) if t not in ends]
         if not keep: break
         alive, best = [alive[i] for i in keep], [best[i] for i in keep]
-        if len(keep) < len(mask): cache.batch_select_indices(torch.tensor(keep, device=model.device))
+        if len(keep) < len(mask):
+            cache.batch_select_indices(torch.tensor(keep, device=model.device))
         ids = torch.tensor(best, device=model.device)[:, None]
         mask, pos = torch.cat([mask[keep], torch.ones_like(ids)], 1), pos[keep, -1:] + 1
     return out
 
-# %% ../nbs/06_prompting.ipynb #4532a7a9
+# %% ../nbs/06_prompting.ipynb #0948fc83
 @torch.no_grad()
 def generate(
     model, tokenizer,
@@ -99,31 +101,36 @@ def generate(
     toks = tokenizer(prompts, add_special_tokens=False).input_ids
     n, ends = shared_prefix(toks), {tokenizer.eos_token_id}
     prefix = DynamicCache(config=model.config)
-    if n: model(input_ids=torch.tensor([toks[0][:n]], device=model.device), past_key_values=prefix, logits_to_keep=1)
+    if n: model(input_ids=torch.tensor([toks[0][:n]], device=model.device),
+                past_key_values=prefix, logits_to_keep=1)
     order = sorted(range(len(toks)), key=lambda i: len(toks[i]))
     out = [None]*len(toks)
     for i in progress(range(0, len(order), batch_size), desc=desc):
         idx, cache = order[i:i+batch_size], DynamicCache(config=model.config)
         for l, layer in enumerate(prefix.layers if n else []):
-            cache.update(layer.keys.expand(len(idx), -1, -1, -1), layer.values.expand(len(idx), -1, -1, -1), l)
-        new = decode_batch(model, [toks[j][n:] for j in idx], cache, n, tokenizer.pad_token_id, ends, max_new_tokens)
+            cache.update(layer.keys.expand(len(idx), -1, -1, -1),
+                         layer.values.expand(len(idx), -1, -1, -1), l)
+        new = decode_batch(model, [toks[j][n:] for j in idx], cache, n,
+                           tokenizer.pad_token_id, ends, max_new_tokens)
         for j, ids in zip(idx, new): out[j] = tokenizer.decode(ids).strip()
     return out
 
-# %% ../nbs/06_prompting.ipynb #1c2eb15e
+# %% ../nbs/06_prompting.ipynb #cbb5d2bb
 def limits(
     rows, # training rows
     tokenizer,
     most:int=96, # never more than this
 ) -> dict: # task → tokens
-    "How long an answer may become, by task: a quarter more than the longest one in `rows`, and 4 tokens"
+    "How long an answer may become, by task: a quarter more than the longest one in `rows`, " \
+    "and 4 tokens"
     out = {}
     for task in sorted(set(rows["task"])):
         texts = [r["output"] for r in rows if r["task"] == task]
-        out[task] = min(most, max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))*5//4 + 4)
+        out[task] = min(
+            most, max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))*5//4 + 4)
     return out
 
-# %% ../nbs/06_prompting.ipynb #49780b7b
+# %% ../nbs/06_prompting.ipynb #aca489c0
 def answer(
     model, tokenizer,
     dataset, # rows to answer; their outputs are not looked at
@@ -135,20 +142,22 @@ def answer(
     seed:int=0, # draws the examples
 ) -> list[str]: # one answer a row, in order
     "Answers of the model to all rows; raises `ValueError` if shots are asked for without a pool"
-    if shots and pool is None: raise ValueError(f"shots={shots} needs a pool: give training rows as pool=…")
+    if shots and pool is None:
+        raise ValueError(f"shots={shots} needs a pool: give training rows as pool=…")
     out, was = [None]*len(dataset), model.training
     model.eval()
     for task in sorted(set(dataset["task"])):
         ids = [i for i, t in enumerate(dataset["task"]) if t == task]
         shown = pick_shots(pool, task, shots, seed) if shots else []
-        texts = [render(request(dataset[i], shown, (hints or {}).get(task, "")), tokenizer, True) for i in ids]
+        texts = [render(request(dataset[i], shown, (hints or {}).get(task, "")), tokenizer, True)
+                 for i in ids]
         most = max_new_tokens[task] if isinstance(max_new_tokens, dict) else max_new_tokens
         said = generate(model, tokenizer, texts, most, batch_size, f"{task}, {shots} shots")
         for i, a in zip(ids, said): out[i] = a
     model.train(was)
     return out
 
-# %% ../nbs/06_prompting.ipynb #17a9eea0
+# %% ../nbs/06_prompting.ipynb #6aeeee51
 @dataclass
 class Cost:
     "Tokens of the average request"
@@ -156,7 +165,7 @@ class Cost:
     answer:float # tokens written
     def __str__(self): return f"{self.prompt:.0f} tokens read, {self.answer:.0f} written"
 
-# %% ../nbs/06_prompting.ipynb #376a00ca
+# %% ../nbs/06_prompting.ipynb #991ea77b
 def cost(
     tokenizer, dataset,
     answers:list[str], # what was said
@@ -164,6 +173,7 @@ def cost(
 ) -> Cost:
     "What an average request of `answer` reads and writes, in tokens"
     shown = {t: pick_shots(pool, t, shots, seed) if shots else [] for t in set(dataset["task"])}
-    texts = [render(request(r, shown[r["task"]], (hints or {}).get(r["task"], "")), tokenizer, True) for r in dataset]
+    texts = [render(request(r, shown[r["task"]], (hints or {}).get(r["task"], "")), tokenizer, True)
+             for r in dataset]
     n = lambda xs: sum(map(len, tokenizer(xs, add_special_tokens=False).input_ids)) / len(xs)
     return Cost(n(texts), n([a or " " for a in answers]))

@@ -8,18 +8,18 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/runtime.html.md"""
 __all__ = ['DEFAULTS', 'PROFILES', 'find_settings', 'settings', 'machine', 'device', 'cpu_has_bf16', 'precision',
            'seed_everything', 'peak_bytes', 'Meter', 'progress', 'write_atomic', 'cache_dir']
 
-# %% ../nbs/01_runtime.ipynb #de7e12e3
-import configparser, contextlib, os, random, sys, threading, time
+# %% ../nbs/01_runtime.ipynb #1de4e219
+import configparser, contextlib, os, random, sys, time
 from ast import literal_eval
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../nbs/01_runtime.ipynb #e34cbd4e
+# %% ../nbs/01_runtime.ipynb #ff58df81
 import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-# %% ../nbs/01_runtime.ipynb #0c8309e1
+# %% ../nbs/01_runtime.ipynb #dec66abb
 DEFAULTS = """
 [DEFAULT]
 corpus = desk
@@ -29,7 +29,7 @@ train_rows = 1000
 valid_rows = 60
 test_rows = 0
 shots = 5
-epochs = 1
+epochs = 3
 r = 8
 alpha = 16
 lr = 2e-3
@@ -43,12 +43,14 @@ output =
 instruction =
 """
 
-# %% ../nbs/01_runtime.ipynb #6c3b6e4c
+# %% ../nbs/01_runtime.ipynb #77d23220
 PROFILES = """
 [cpu]
 [cpu:e2e]
+epochs = 1
 test_rows = 100
 [cpu:banking77]
+epochs = 1
 train_rows = 3000
 test_rows = 500
 max_new_tokens = 16
@@ -65,50 +67,57 @@ train_rows = 64
 valid_rows = 16
 test_rows = 24
 shots = 2
+epochs = 1
 max_new_tokens = 24
 """
 
-# %% ../nbs/01_runtime.ipynb #5fc0af8f
+# %% ../nbs/01_runtime.ipynb #4d49ed5d
 def find_settings(
     start=None, # folder to start in; the current one unless told
 ) -> Path|None: # the nearest `settings.ini` here or above that is ours, or None
     "The learner's settings file"
     for d in [Path(start or ".").resolve(), *Path(start or ".").resolve().parents]:
-        if (d/"settings.ini").is_file() and "corpus" in (d/"settings.ini").read_text(): return d/"settings.ini"
+        if (d/"settings.ini").is_file() and "corpus" in (d/"settings.ini").read_text():
+            return d/"settings.ini"
 
-# %% ../nbs/01_runtime.ipynb #882cb406
+# %% ../nbs/01_runtime.ipynb #a5c6add3
 def _typed(key, text, like, where):
     "`text` as a value of the same type as `like`"
     if isinstance(like, str): return text
     try: v = literal_eval(text)
     except (ValueError, SyntaxError): v = None
     if isinstance(v, bool) or not isinstance(v, (int, type(like))):
-        raise ValueError(f"{where}: {key} = {text!r} is not a number; write for example {key} = {like}")
+        raise ValueError(f"{where}: {key} = {text!r} is not a number; "
+                         f"write for example {key} = {like}")
     return type(like)(v)
 
-# %% ../nbs/01_runtime.ipynb #1b43a705
+# %% ../nbs/01_runtime.ipynb #e81d54ef
 def _read(path):
     "The built-in settings, with those of the file at `path` on top"
     ini = configparser.ConfigParser()
     ini.read_string(DEFAULTS + PROFILES)
     try: path and ini.read(path, encoding="utf-8")
     except (configparser.Error, UnicodeDecodeError) as e:
-        raise ValueError(f"{path} can't be read ({e}); compare it with the course's own settings.ini") from e
+        raise ValueError(f"{path} can't be read ({e}); "
+                         "compare it with the course's own settings.ini") from e
     return ini
 
-# %% ../nbs/01_runtime.ipynb #aa608569
+# %% ../nbs/01_runtime.ipynb #13841603
 def settings(
-    profile:str=None, # section to read: cpu, t4, a100, test; `FTCOURSE_PROFILE` or this machine's unless told
+    profile:str=None, # section: cpu, t4, a100, test; `FTCOURSE_PROFILE` or this machine's if None
     path=None, # settings file; the nearest `settings.ini` unless told
     **over, # values that go before everything else
 ) -> SimpleNamespace: # one attribute per key
-    "What the learner chose: built-in values, then the file, then `FTCOURSE_<KEY>`, then `over`; raises `ValueError`"
+    "What the learner chose: built-in values, then the file, then `FTCOURSE_<KEY>`, " \
+    "then `over`; raises `ValueError`"
     path = path or find_settings()
     ini, where = _read(path), path or "built-in settings"
     profile = profile or os.environ.get("FTCOURSE_PROFILE") or machine()
     names = [s for s in ini.sections() if ":" not in s]
-    if profile not in names: raise ValueError(f"No profile {profile!r}; there are: {', '.join(names)}")
-    env = {k: os.environ[f"FTCOURSE_{k.upper()}"] for k in ini.defaults() if f"FTCOURSE_{k.upper()}" in os.environ}
+    if profile not in names:
+        raise ValueError(f"No profile {profile!r}; there are: {', '.join(names)}")
+    env = {k: os.environ[f"FTCOURSE_{k.upper()}"] for k in ini.defaults()
+           if f"FTCOURSE_{k.upper()}" in os.environ}
     vals = {**ini[profile], **env}
     corpus = over.get("corpus") or vals["corpus"]
     own = f"{profile}:{corpus}"
@@ -116,76 +125,82 @@ def settings(
     if path: vals["runs"] = os.path.relpath(Path(path).resolve().parent/vals["runs"])
     return _settings(vals, over, profile, where)
 
-# %% ../nbs/01_runtime.ipynb #10381799
+# %% ../nbs/01_runtime.ipynb #abedf80e
 def _settings(vals, over, profile, where):
     "Check the keys, give each its type"
     like = configparser.ConfigParser()
     like.read_string(DEFAULTS)
     kinds = {k: v if not v[:1].isdigit() else literal_eval(v) for k, v in like.defaults().items()}
     for k in [*vals, *over]:
-        if k not in kinds: raise ValueError(f"{where}: no setting is called {k!r}; there are: {', '.join(kinds)}")
+        if k not in kinds:
+            raise ValueError(f"{where}: no setting is called {k!r}; there are: {', '.join(kinds)}")
     typed = {k: _typed(k, v, kinds[k], where) for k, v in vals.items()}
     return SimpleNamespace(profile=profile, **{**typed, **over})
 
-# %% ../nbs/01_runtime.ipynb #fe42e924
+# %% ../nbs/01_runtime.ipynb #192abade
 def machine() -> str: # "cpu", "t4" or "a100"
     "The profile that fits this machine, by the memory of its GPU"
     if not torch.cuda.is_available(): return "cpu"
     return "a100" if torch.cuda.get_device_properties(0).total_memory > 30e9 else "t4"
 
-# %% ../nbs/01_runtime.ipynb #35b3fddc
+# %% ../nbs/01_runtime.ipynb #a36beeca
 def device() -> torch.device: # "cuda", "mps" (Apple) or "cpu"
     "The fastest device here"
     if torch.cuda.is_available(): return torch.device("cuda")
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
-# %% ../nbs/01_runtime.ipynb #9983c5f7
+# %% ../nbs/01_runtime.ipynb #735e8d9f
 def cpu_has_bf16() -> bool: # True with AVX-512 BF16 or AMX instructions
     "Does this processor multiply bf16 itself?"
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, p, lambda: False)() for p in probes)
 
-# %% ../nbs/01_runtime.ipynb #852533ae
+# %% ../nbs/01_runtime.ipynb #8b5cdd1b
 def precision(
     dev=None, # device; this machine's unless told
 ) -> torch.dtype: # bfloat16, float16 or float32
     "The format for frozen weights and activations: the smallest one that `dev` multiplies natively"
     dev = torch.device(dev or device())
-    if dev.type == "cuda": return torch.bfloat16 if torch.cuda.get_device_capability(dev)[0] >= 8 else torch.float16
+    if dev.type == "cuda":
+        return torch.bfloat16 if torch.cuda.get_device_capability(dev)[0] >= 8 else torch.float16
     return torch.bfloat16 if dev.type == "cpu" and cpu_has_bf16() else torch.float32
 
-# %% ../nbs/01_runtime.ipynb #16a5b735
+# %% ../nbs/01_runtime.ipynb #d6004b48
 def seed_everything(
     seed:int=0, # any whole number from 0 to 2**32-1
 ):
     "Seed Python's, NumPy's and PyTorch's generators, on all devices"
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/01_runtime.ipynb #bfc0aa0e
+# %% ../nbs/01_runtime.ipynb #a308cda7
 def _reset_peak():
     "Set the high-water mark back to now; True where that can be done"
     if torch.cuda.is_available(): torch.cuda.reset_peak_memory_stats(); return True
     with contextlib.suppress(OSError): Path("/proc/self/clear_refs").write_text("5"); return True
     return False
 
-# %% ../nbs/01_runtime.ipynb #f931369e
+# %% ../nbs/01_runtime.ipynb #e092cd92
 def _status(key):
     "A line of Linux's `/proc/self/status`, in bytes"
-    line = next(l for l in Path("/proc/self/status").read_text().splitlines() if l.startswith(key+":"))
+    line = next(l for l in Path("/proc/self/status").read_text().splitlines()
+                if l.startswith(key+":"))
     return int(line.split()[1]) * 1024
 
-# %% ../nbs/01_runtime.ipynb #244c1cf0
+# %% ../nbs/01_runtime.ipynb #bc1770dd
 def peak_bytes() -> int: # bytes
-    "The most memory used since the last reset: the GPU's where there is one, otherwise the process's"
+    "The most memory used since the last reset: the GPU's where there is one, " \
+    "otherwise the process's"
     if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
     with contextlib.suppress(OSError, StopIteration): return _status("VmHWM")
     if sys.platform == "win32": return 0
     import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            * (1 if sys.platform == "darwin" else 1024))
 
-# %% ../nbs/01_runtime.ipynb #65a025da
+# %% ../nbs/01_runtime.ipynb #5f322d63
 class Meter:
-    "Measures the seconds and the peak memory of a `with` block; read `seconds` and `peak_bytes` at any time"
+    "Measures the seconds and the peak memory of a `with` block; " \
+    "read `seconds` and `peak_bytes` at any time"
     def __enter__(self):
         self.resettable = _reset_peak()
         self.start, self.stop = time.perf_counter(), None
@@ -196,10 +211,11 @@ class Meter:
     @property
     def peak_bytes(self): return self._peak if self.stop else peak_bytes()
 
-# %% ../nbs/01_runtime.ipynb #a01e8162
+# %% ../nbs/01_runtime.ipynb #1488a8b0
 class _Lines:
     "Loop over `it`, with a line of text now and then"
-    def __init__(self, it, total, desc, every): self.it, self.total, self.desc, self.every, self.note = it, total, desc, every, ""
+    def __init__(self, it, total, desc, every):
+        self.it, self.total, self.desc, self.every, self.note = it, total, desc, every, ""
     def set_postfix_str(self, s, refresh=False): self.note = s
     def __iter__(self):
         start = last = time.time()
@@ -207,38 +223,43 @@ class _Lines:
             yield x
             if time.time()-last >= self.every or i == self.total:
                 last = time.time()
-                print(f"{self.desc}: {i} of {self.total or '?'}, {last-start:.0f} s {self.note}", file=sys.stderr, flush=True)
+                print(f"{self.desc}: {i} of {self.total or '?'}, {last-start:.0f} s {self.note}",
+                      file=sys.stderr, flush=True)
 
-# %% ../nbs/01_runtime.ipynb #18b31d8b
+# %% ../nbs/01_runtime.ipynb #1d66d4bb
 def progress(
     it, # anything to loop over
     total:int=None, # how many; `len(it)` unless told
     desc:str="", # what is going on
     every:float=10, # seconds between two lines of a log
 ): # something to loop over; its `set_postfix_str` shows a note at the end of the bar or line
-    "Loop over `it` and show how far it is: a widget or a bar where one can be drawn, otherwise plain lines"
+    "Loop over `it` and show how far it is: a widget or a bar where one can be drawn, " \
+    "otherwise plain lines"
     total = total if total is not None else len(it) if hasattr(it, "__len__") else None
-    plain = os.environ.get("FTCOURSE_PLAIN") or not ("ipykernel" in sys.modules or sys.stderr.isatty())
+    plain = (os.environ.get("FTCOURSE_PLAIN")
+             or not ("ipykernel" in sys.modules or sys.stderr.isatty()))
     if plain: return _Lines(it, total, desc, every)
     return tqdm(it, total=total, desc=desc, mininterval=.5, leave=False, dynamic_ncols=True)
 
-# %% ../nbs/01_runtime.ipynb #c54a61b7
+# %% ../nbs/01_runtime.ipynb #3c2039e6
 def write_atomic(
     path, # file to write; its folder is made if need be
     data:str|bytes, # what to write; text as UTF-8
 ) -> Path: # `path`
-    "Write `data` to a temporary name beside `path`, then rename: readers see the old file or the new one, never half"
+    "Write `data` to a temporary name beside `path`, then rename: " \
+    "readers see the old file or the new one, never half"
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         tmp.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(tmp, path)
-    except OSError as e: raise OSError(e.errno, f"{path} was not written ({e.strerror}); is the disk full?") from e
+    except OSError as e:
+        raise OSError(e.errno, f"{path} was not written ({e.strerror}); is the disk full?") from e
     finally: tmp.unlink(missing_ok=True)
     return path
 
-# %% ../nbs/01_runtime.ipynb #ccea784b
+# %% ../nbs/01_runtime.ipynb #301ad423
 def cache_dir() -> Path: # `FTCOURSE_CACHE`, or `~/.cache/ftcourse`
     "Where converted models and downloaded data are kept between runs"
     d = Path(os.environ.get("FTCOURSE_CACHE") or Path.home()/".cache"/"ftcourse")

@@ -8,36 +8,39 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/training.html.md"""
 __all__ = ['supervised_loss', 'full_loss', 'pick_loss', 'trained_parameters', 'window_step', 'lr_at', 'plain_attention',
            'History', 'smooth', 'plot_history', 'windows', 'validate', 'optimizer_step', 'fit']
 
-# %% ../nbs/10_training.ipynb #c8277995
+# %% ../nbs/10_training.ipynb #a357f667
 import contextlib, math
 from dataclasses import dataclass, field
 
-# %% ../nbs/10_training.ipynb #e13c4c56
+# %% ../nbs/10_training.ipynb #c78055ee
 import torch
 from torch.nn import functional as F
 from .formats import batches, collate, encode_all
 from .runtime import Meter, progress
 
-# %% ../nbs/10_training.ipynb #efe1a58a
+# %% ../nbs/10_training.ipynb #dd64ed9b
 def supervised_loss(
     model, # a causal language model
     batch:dict, # input_ids, labels: (B, T); padded on the right
 ): # (sum of the cross-entropy over supervised tokens, their number)
     "Cross-entropy where there is a label; the output layer is applied there and nowhere else"
-    hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state   # (B, T, D)
-    labels = batch["labels"][:, 1:]                                                              # (B, T-1)
+    hidden = model.base_model(input_ids=batch["input_ids"],
+                              use_cache=False).last_hidden_state   # (B, T, D)
+    labels = batch["labels"][:, 1:]                                # (B, T-1)
     asked = labels != -100
-    logits = model.get_output_embeddings()(hidden[:, :-1][asked])                                # (asked, V)
+    logits = model.get_output_embeddings()(hidden[:, :-1][asked])  # (asked, V)
     return F.cross_entropy(logits.float(), labels[asked], reduction="sum"), asked.sum()
 
-# %% ../nbs/10_training.ipynb #9771bf85
+# %% ../nbs/10_training.ipynb #5c8c9f35
 def full_loss(model, batch):
-    "The same sum from the model's own logits, for architectures that change them after the output layer"
-    logits, labels = model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1], batch["labels"][:, 1:]
+    "The same sum from the model's own logits, for architectures that change them " \
+    "after the output layer"
+    logits, labels = (model(input_ids=batch["input_ids"], use_cache=False).logits[:, :-1],
+                      batch["labels"][:, 1:])
     asked = labels != -100
     return F.cross_entropy(logits[asked].float(), labels[asked], reduction="sum"), asked.sum()
 
-# %% ../nbs/10_training.ipynb #68261734
+# %% ../nbs/10_training.ipynb #974f23c3
 @torch.no_grad()
 def pick_loss(
     model,
@@ -47,23 +50,26 @@ def pick_loss(
     was = model.training
     model.eval()
     hidden = model.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    ours, theirs = model.get_output_embeddings()(hidden), model(input_ids=batch["input_ids"], use_cache=False).logits
+    ours, theirs = (model.get_output_embeddings()(hidden),
+                    model(input_ids=batch["input_ids"], use_cache=False).logits)
     model.train(was)
     return supervised_loss if (ours-theirs).abs().max() <= 1e-2*theirs.abs().max() else full_loss
 
-# %% ../nbs/10_training.ipynb #9f3a9fba
+# %% ../nbs/10_training.ipynb #9b707857
 def trained_parameters(
     model,
 ) -> list: # parameters that require a gradient
     "What the optimizer gets; raises `ValueError` if there is nothing, or if it is not float32"
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    if not named: raise ValueError("Every parameter is frozen: nothing would be trained. Call add_lora(model) first")
+    if not named: raise ValueError("Every parameter is frozen: nothing would be trained. "
+                                   "Call add_lora(model) first")
     low = next(((n, p.dtype) for n, p in named if p.dtype in (torch.float16, torch.bfloat16)), None)
-    if low: raise ValueError(f"{low[0]} is trained in {str(low[1])[6:]}, where small steps round to nothing. "
-                             "Keep trained parameters in float32: load(…, dtype=torch.float32), or train a LoRA")
+    if low: raise ValueError(f"{low[0]} is trained in {str(low[1])[6:]}, "
+                             "where small steps round to nothing. Keep trained parameters "
+                             "in float32: load(…, dtype=torch.float32), or train a LoRA")
     return [p for _, p in named]
 
-# %% ../nbs/10_training.ipynb #49a9a3bd
+# %% ../nbs/10_training.ipynb #c3144f99
 def window_step(
     model,
     window:list[dict], # micro-batches of one optimizer step
@@ -79,7 +85,7 @@ def window_step(
         total += loss.detach()
     return total.item()
 
-# %% ../nbs/10_training.ipynb #f86abb5e
+# %% ../nbs/10_training.ipynb #a90cd038
 def lr_at(
     step:int, # 0, 1, …
     steps:int, # in all
@@ -91,7 +97,7 @@ def lr_at(
     if step < up: return (step+1)/up
     return floor + (1-floor)*.5*(1 + math.cos(math.pi*(step-up)/max(1, steps-up)))
 
-# %% ../nbs/10_training.ipynb #898f78ef
+# %% ../nbs/10_training.ipynb #63a2765d
 @contextlib.contextmanager
 def plain_attention(
     model,
@@ -104,7 +110,7 @@ def plain_attention(
     try: yield use
     finally: model.set_attn_implementation(was)
 
-# %% ../nbs/10_training.ipynb #dee404a5
+# %% ../nbs/10_training.ipynb #e63e3b57
 @dataclass
 class History:
     "What a training run did: one entry a step, the validations, and the cost"
@@ -120,12 +126,14 @@ class History:
     @property
     def tokens_per_s(self): return self.tokens/self.seconds if self.seconds else 0.
     def __str__(self):
-        v = f", validation {self.valid[0]['loss']:.3f} → {self.valid[-1]['loss']:.3f}" if self.valid else ""
-        return (f"{len(self.steps)} steps, {self.tokens:,} tokens in {self.seconds:.0f} s ({self.tokens_per_s:.0f} tokens/s), "
-                f"peak memory {self.peak_bytes/1e9:.2f} GB, {self.trainable:,} trained parameters{v}")
+        v = (f", validation {self.valid[0]['loss']:.3f} → {self.valid[-1]['loss']:.3f}"
+             if self.valid else "")
+        return (f"{len(self.steps)} steps, {self.tokens:,} tokens in {self.seconds:.0f} s "
+                f"({self.tokens_per_s:.0f} tokens/s), peak memory {self.peak_bytes/1e9:.2f} GB, "
+                f"{self.trainable:,} trained parameters{v}")
     __repr__ = __str__
 
-# %% ../nbs/10_training.ipynb #439e4747
+# %% ../nbs/10_training.ipynb #b9c7ee74
 def smooth(
     xs, # one number a step
     beta:float=.9, # weight of the past
@@ -137,7 +145,7 @@ def smooth(
         out.append(m/(1-beta**i))
     return out
 
-# %% ../nbs/10_training.ipynb #b12c00f5
+# %% ../nbs/10_training.ipynb #f4c5265d
 def plot_history(
     history:History,
     ax=None,
@@ -149,13 +157,14 @@ def plot_history(
     ax.plot(x, y, ".", ms=3, color="#56B4E9", label="each step")
     ax.plot(x, smooth(y), color="#0072B2", label="moving average")
     if history.valid:
-        ax.plot([v["step"] for v in history.valid], [v["loss"] for v in history.valid], "o-", ms=4, color="#D55E00",
-                label="held out")
-    ax.set(xlabel="step", ylabel="loss (nats a token)", title="Training and held-out loss", ylim=(0, None))
+        ax.plot([v["step"] for v in history.valid], [v["loss"] for v in history.valid], "o-",
+                ms=4, color="#D55E00", label="held out")
+    ax.set(xlabel="step", ylabel="loss (nats a token)", title="Training and held-out loss",
+           ylim=(0, None))
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/10_training.ipynb #0f299fd0
+# %% ../nbs/10_training.ipynb #c7263f07
 def windows(
     encoded:list[dict], epochs:int, max_tokens:int, accumulate:int, seed:int,
 ) -> list: # one list of batches (lists of row numbers) for each optimizer step
@@ -166,7 +175,7 @@ def windows(
         out += [bs[i:i+accumulate] for i in range(0, len(bs), accumulate)]
     return out
 
-# %% ../nbs/10_training.ipynb #26829a60
+# %% ../nbs/10_training.ipynb #d8962a9a
 @torch.no_grad()
 def validate(
     model, encoded:list[dict], pad_id:int, loss_fn=supervised_loss, max_tokens:int=1024,
@@ -174,11 +183,12 @@ def validate(
     "Mean loss over held-out rows, every supervised token counting the same"
     dev, was = next(model.parameters()).device, model.training
     model.eval()
-    sums = [loss_fn(model, collate([encoded[i] for i in b], pad_id, dev)) for b in batches(encoded, max_tokens)]
+    sums = [loss_fn(model, collate([encoded[i] for i in b], pad_id, dev))
+            for b in batches(encoded, max_tokens)]
     model.train(was)
     return (sum(s.item() for s, _ in sums) / sum(n.item() for _, n in sums))
 
-# %% ../nbs/10_training.ipynb #03c63efb
+# %% ../nbs/10_training.ipynb #35131b2b
 def optimizer_step(optimizer, scaler, params, clip):
     "Unscale, clip, step; gives the gradient's length before clipping"
     scaler.unscale_(optimizer)
@@ -187,7 +197,7 @@ def optimizer_step(optimizer, scaler, params, clip):
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
-# %% ../nbs/10_training.ipynb #ef98883d
+# %% ../nbs/10_training.ipynb #2f729e6f
 def _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip, look):
     "All optimizer steps; `look(step)` validates when it is time and gives the seconds that took"
     dev, params = next(model.parameters()).device, trained_parameters(model)
@@ -200,17 +210,20 @@ def _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip,
             rows = [[encoded[j] for j in b] for b in work[i]]
             opt.param_groups[0]["lr"] = lr*lr_at(i, len(work))
             loss = window_step(model, [collate(r, pad_id, dev) for r in rows], loss_fn, scaler)
-            if not math.isfinite(loss): raise FloatingPointError(f"The loss is {loss} at step {i+1}: halve the learning "
-                f"rate ({lr}), and look at the rows of this batch: {work[i]}")
+            if not math.isfinite(loss): raise FloatingPointError(
+                f"The loss is {loss} at step {i+1}: halve the learning rate ({lr}), "
+                f"and look at the rows of this batch: {work[i]}")
             norm = optimizer_step(opt, scaler, params, clip)
             history.tokens += sum(len(r["input_ids"]) for b in rows for r in b)
             history.supervised += sum(l != -100 for b in rows for r in b for l in r["labels"])
-            history.steps.append(dict(step=i+1, loss=loss, lr=lr*lr_at(i, len(work)), norm=norm, tokens=history.tokens))
+            history.steps.append(dict(step=i+1, loss=loss, lr=lr*lr_at(i, len(work)), norm=norm,
+                                      tokens=history.tokens))
             away += look(i+1)
-            bar.set_postfix_str(f"loss {loss:.2f}, {history.tokens/(meter.seconds-away+1e-9):.0f} tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.2f}, "
+                f"{history.tokens/(meter.seconds-away+1e-9):.0f} tokens/s", refresh=False)
     history.seconds, history.peak_bytes = meter.seconds - away, meter.peak_bytes
 
-# %% ../nbs/10_training.ipynb #0d138d53
+# %% ../nbs/10_training.ipynb #f0075733
 def fit(
     model, # with its trained parameters in float32, such as after `add_lora`
     tokenizer,
@@ -226,18 +239,23 @@ def fit(
     seed:int=0, # order of the rows
 ) -> History:
     "Train on the answers of `train`; raises `ValueError` for bad rows before anything is trained"
-    encoded, held = encode_all(train, tokenizer, max_length), encode_all(valid, tokenizer, max_length) if valid else None
-    loss_fn = pick_loss(model, collate(encoded[:1], tokenizer.pad_token_id, next(model.parameters()).device))
+    encoded, held = (encode_all(train, tokenizer, max_length),
+                     encode_all(valid, tokenizer, max_length) if valid else None)
+    loss_fn = pick_loss(model, collate(encoded[:1], tokenizer.pad_token_id,
+                                       next(model.parameters()).device))
     work = windows(encoded, epochs, max_tokens, accumulate, seed)
-    history = History(trainable=sum(p.numel() for p in trained_parameters(model)), settings=dict(rows=len(encoded),
-        epochs=epochs, lr=lr, max_tokens=max_tokens, accumulate=accumulate, clip=clip, seed=seed))
+    history = History(trainable=sum(p.numel() for p in trained_parameters(model)),
+        settings=dict(rows=len(encoded), epochs=epochs, lr=lr, max_tokens=max_tokens,
+                      accumulate=accumulate, clip=clip, seed=seed))
     when = {round(k*len(work)/max(1, looks-1)) for k in range(looks)}
     def look(step):
         if not held or step not in when: return 0.
-        with Meter() as m: history.valid.append(dict(step=step, loss=validate(model, held, tokenizer.pad_token_id, loss_fn)))
+        with Meter() as m: history.valid.append(dict(
+            step=step, loss=validate(model, held, tokenizer.pad_token_id, loss_fn)))
         return m.seconds
     model.train()
     with plain_attention(model, max(len(e["input_ids"]) for e in encoded + (held or []))):
-        _run(model, encoded, work, history, loss_fn, tokenizer.pad_token_id, lr, weight_decay, clip, look)
+        _run(model, encoded, work, history, loss_fn, tokenizer.pad_token_id, lr, weight_decay,
+             clip, look)
     model.eval()
     return history
