@@ -8,18 +8,19 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/models.html.md"""
 __all__ = ['BASES', 'BUNDLED', 'PALETTE', 'BaseModel', 'base_table', 'bundled_gguf', 'bundled', 'resolve', 'load', 'weight_bytes',
            'token_html']
 
-# %% ../nbs/02_models.ipynb #555b21de
+# %% ../nbs/02_models.ipynb #d6fa53b8
 import html, importlib.util, os, shutil, sys
 from dataclasses import dataclass
 from pathlib import Path
+from safetensors import SafetensorError
 
-# %% ../nbs/02_models.ipynb #4e37a56c
+# %% ../nbs/02_models.ipynb #7c23124c
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as hf_logging
 from .runtime import cache_dir, device as best_device, precision
 
-# %% ../nbs/02_models.ipynb #26e1df4d
+# %% ../nbs/02_models.ipynb #b8b27d91
 @dataclass(frozen=True)
 class BaseModel:
     "A base model worth knowing: hub id, licence and the sizes of its architecture " \
@@ -42,7 +43,7 @@ class BaseModel:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(self.config()).num_parameters()
 
-# %% ../nbs/02_models.ipynb #72e82ace
+# %% ../nbs/02_models.ipynb #7d8eed55
 BASES = [
     BaseModel("HuggingFaceTB/SmolLM2-135M-Instruct", "Apache-2.0", "llama",
               576, 30, 9, 3, 1536, 49152),
@@ -61,7 +62,7 @@ BASES = [
               4096, 36, 32, 8, 12288, 151936, 128, tied=False),
 ]
 
-# %% ../nbs/02_models.ipynb #de97e3c5
+# %% ../nbs/02_models.ipynb #d723b1a5
 def base_table() -> str: # HTML
     "The models of `BASES` as a table: parameters counted, bytes of the weights alone in 16 bits"
     row = lambda b, n: (f"<tr><td>{b.hub}</td><td>{b.licence}</td>"
@@ -70,7 +71,7 @@ def base_table() -> str: # HTML
     head = "<tr><th>model</th><th>licence</th><th>parameters</th><th>weights, 16 bits</th></tr>"
     return f"<table>{head}{''.join(row(b, b.count()) for b in BASES)}</table>"
 
-# %% ../nbs/02_models.ipynb #1419d07a
+# %% ../nbs/02_models.ipynb #f1d9dc58
 BUNDLED = "SmolLM2-135M-Instruct"
 
 def bundled_gguf() -> Path|None: # the GGUF file, or None if the package is not installed
@@ -79,23 +80,28 @@ def bundled_gguf() -> Path|None: # the GGUF file, or None if the package is not 
     return next((f for p in spec.submodule_search_locations for f in Path(p).glob("*.gguf")),
                 None) if spec else None
 
-# %% ../nbs/02_models.ipynb #64fea11e
+# %% ../nbs/02_models.ipynb #2e62e2c2
 def _convert(gguf, folder):
     "Unpack the GGUF file into a folder of safetensors in bf16"
     from transformers import GgufConfig
     print("Unpacking the bundled model into the cache, once; about 20 s …",
           file=sys.stderr, flush=True)
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    if folder.exists(): shutil.rmtree(folder)   # without its config.json: half of one
     src = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         **src, quantization_config=GgufConfig(dequantize=True))
     try:
         model.to(torch.bfloat16).save_pretrained(tmp)
         AutoTokenizer.from_pretrained(**src).save_pretrained(tmp)
-        if not folder.exists(): tmp.rename(folder)
+        try: tmp.rename(folder)
+        except OSError:   # another process was quicker: its folder is as good
+            if not (folder/"config.json").exists(): raise
+    except SafetensorError as e:
+        raise OSError(f"{tmp} can't be written ({e}); is the disk full?") from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
-# %% ../nbs/02_models.ipynb #6cbde88e
+# %% ../nbs/02_models.ipynb #a48059c8
 def bundled() -> Path: # a folder in the format of `save_pretrained`
     "The bundled model as a folder, made on the first call; " \
     "raises `FileNotFoundError` without the package"
@@ -109,15 +115,16 @@ def bundled() -> Path: # a folder in the format of `save_pretrained`
         _convert(gguf, folder)
     return folder
 
-# %% ../nbs/02_models.ipynb #70426ac3
+# %% ../nbs/02_models.ipynb #d2126138
 def resolve(
     name:str|Path|None=None, # registry name, hub id or folder; the bundled model unless told
 ) -> str: # a folder or a hub id
     "Where to load `name` from; raises `ValueError` for a name that is none of the three"
     name = str(name or BUNDLED)
     if name == BUNDLED: return str(bundled())
-    if (Path(name).expanduser()/"config.json").is_file(): return str(Path(name).expanduser())
-    if Path(name).expanduser().is_dir():
+    here = Path(os.path.expanduser(name))
+    if (here/"config.json").is_file(): return str(here)
+    if here.is_dir():
         raise ValueError(f"The folder {name} holds no config.json: not a saved model")
     if name.count("/") == 1 and not name.startswith((".", "/", "~")): return name
     short = {b.hub.split("/")[1]: b.hub for b in BASES}
@@ -125,17 +132,19 @@ def resolve(
     raise ValueError(f"No model is called {name!r}. There are: {', '.join(short)}; "
                      "or give a hub id (owner/name) or a folder written by save_pretrained")
 
-# %% ../nbs/02_models.ipynb #5953f292
+# %% ../nbs/02_models.ipynb #1ef69c10
 def _from_pretrained(cls, where, **kw):
     "`cls.from_pretrained`, with an error that one can act on"
     try: return cls.from_pretrained(where, trust_remote_code=False, **kw)
-    except OSError as e:
-        if Path(where).is_dir(): raise OSError(f"The folder {where} can't be loaded: {e}") from e
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
+        why = str(e).splitlines()[0]
+        if Path(where).is_dir(): raise OSError(f"The folder {where} can't be loaded: {why}") from e
+        if not isinstance(e, OSError): raise
         raise OSError(f"{where} is neither in the cache nor to be had from the hub "
             f"({str(e).splitlines()[0]}). Check the name and the network, log in "
             f"if the model is gated, or use the bundled {BUNDLED!r}") from None
 
-# %% ../nbs/02_models.ipynb #43fddd5d
+# %% ../nbs/02_models.ipynb #8bf24a37
 def load(
     name:str|Path|None=None, # registry name, hub id or folder; the bundled model unless told
     dtype:torch.dtype|None=None, # of the weights; what the device multiplies natively if None
@@ -148,14 +157,17 @@ def load(
     if tokenizer.chat_template is None:
         raise ValueError(f"{where} has no chat template: take its instruct variant")
     hf_logging.disable_progress_bar()
-    model = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype or precision(dev),
-                             use_safetensors=True)
+    model, info = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype or precision(dev),
+                                   use_safetensors=True, output_loading_info=True)
+    lost = sorted(info["missing_keys"])
+    if lost: raise OSError(f"The weights of {where} are incomplete: {lost[0]} is missing "
+                           f"({len(lost)} in all). Get the files again")
     if tokenizer.pad_token is None: tokenizer.pad_token = tokenizer.eos_token
     if str(name or BUNDLED) == BUNDLED:
         model.name_or_path = model.config._name_or_path = BASES[0].hub
     return model.to(dev).eval(), tokenizer
 
-# %% ../nbs/02_models.ipynb #c6083e52
+# %% ../nbs/02_models.ipynb #7e659a0a
 def weight_bytes(
     model,
 ) -> int: # bytes
@@ -163,7 +175,7 @@ def weight_bytes(
     return (sum(p.numel()*p.element_size() for p in model.parameters() if not p.requires_grad)
             or model.get_memory_footprint())
 
-# %% ../nbs/02_models.ipynb #6beefdf2
+# %% ../nbs/02_models.ipynb #f43010db
 PALETTE = {"special": "#E69F0066", "word": "#56B4E944", "plain": "transparent"}
 
 def token_html(

@@ -1,4 +1,4 @@
-"""From four obvious lines to a loop that is exact, several times as fast, and says what it does
+"""From four obvious lines to a loop that is exact, faster at every step that we measure, and says what it does
 
 Docs: https://ftcourse.github.io/ftcourse/nbs/training.html.md"""
 
@@ -8,17 +8,17 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/training.html.md"""
 __all__ = ['supervised_loss', 'full_loss', 'pick_loss', 'trained_parameters', 'window_step', 'lr_at', 'plain_attention',
            'History', 'smooth', 'plot_history', 'windows', 'validate', 'optimizer_step', 'fit']
 
-# %% ../nbs/10_training.ipynb #a357f667
+# %% ../nbs/10_training.ipynb #eb8e1cf9
 import contextlib, math
 from dataclasses import dataclass, field
 
-# %% ../nbs/10_training.ipynb #c78055ee
+# %% ../nbs/10_training.ipynb #64ef7d86
 import torch
 from torch.nn import functional as F
 from .formats import batches, collate, encode_all
 from .runtime import Meter, progress
 
-# %% ../nbs/10_training.ipynb #dd64ed9b
+# %% ../nbs/10_training.ipynb #648aa15a
 def supervised_loss(
     model, # a causal language model
     batch:dict, # input_ids, labels: (B, T); padded on the right
@@ -31,7 +31,7 @@ def supervised_loss(
     logits = model.get_output_embeddings()(hidden[:, :-1][asked])  # (asked, V)
     return F.cross_entropy(logits.float(), labels[asked], reduction="sum"), asked.sum()
 
-# %% ../nbs/10_training.ipynb #5c8c9f35
+# %% ../nbs/10_training.ipynb #ddd9a426
 def full_loss(model, batch):
     "The same sum from the model's own logits, for architectures that change them " \
     "after the output layer"
@@ -40,7 +40,7 @@ def full_loss(model, batch):
     asked = labels != -100
     return F.cross_entropy(logits[asked].float(), labels[asked], reduction="sum"), asked.sum()
 
-# %% ../nbs/10_training.ipynb #974f23c3
+# %% ../nbs/10_training.ipynb #f3999853
 @torch.no_grad()
 def pick_loss(
     model,
@@ -53,9 +53,11 @@ def pick_loss(
     ours, theirs = (model.get_output_embeddings()(hidden),
                     model(input_ids=batch["input_ids"], use_cache=False).logits)
     model.train(was)
-    return supervised_loss if (ours-theirs).abs().max() <= 1e-2*theirs.abs().max() else full_loss
+    capped = getattr(model.config, "final_logit_softcapping", None)
+    same = torch.allclose(ours.float(), theirs.float(), rtol=1e-4, atol=1e-5)
+    return supervised_loss if same and not capped else full_loss
 
-# %% ../nbs/10_training.ipynb #9b707857
+# %% ../nbs/10_training.ipynb #bbe688ec
 def trained_parameters(
     model,
 ) -> list: # parameters that require a gradient
@@ -69,7 +71,7 @@ def trained_parameters(
                              "in float32: load(…, dtype=torch.float32), or train a LoRA")
     return [p for _, p in named]
 
-# %% ../nbs/10_training.ipynb #c3144f99
+# %% ../nbs/10_training.ipynb #059b3d53
 def window_step(
     model,
     window:list[dict], # micro-batches of one optimizer step
@@ -85,7 +87,7 @@ def window_step(
         total += loss.detach()
     return total.item()
 
-# %% ../nbs/10_training.ipynb #a90cd038
+# %% ../nbs/10_training.ipynb #8a5b2d8d
 def lr_at(
     step:int, # 0, 1, …
     steps:int, # in all
@@ -97,7 +99,7 @@ def lr_at(
     if step < up: return (step+1)/up
     return floor + (1-floor)*.5*(1 + math.cos(math.pi*(step-up)/max(1, steps-up)))
 
-# %% ../nbs/10_training.ipynb #63a2765d
+# %% ../nbs/10_training.ipynb #110a9b60
 @contextlib.contextmanager
 def plain_attention(
     model,
@@ -110,7 +112,7 @@ def plain_attention(
     try: yield use
     finally: model.set_attn_implementation(was)
 
-# %% ../nbs/10_training.ipynb #e63e3b57
+# %% ../nbs/10_training.ipynb #e2712442
 @dataclass
 class History:
     "What a training run did: one entry a step, the validations, and the cost"
@@ -133,7 +135,7 @@ class History:
                 f"{self.trainable:,} trained parameters{v}")
     __repr__ = __str__
 
-# %% ../nbs/10_training.ipynb #b9c7ee74
+# %% ../nbs/10_training.ipynb #c6922acb
 def smooth(
     xs, # one number a step
     beta:float=.9, # weight of the past
@@ -145,7 +147,7 @@ def smooth(
         out.append(m/(1-beta**i))
     return out
 
-# %% ../nbs/10_training.ipynb #f4c5265d
+# %% ../nbs/10_training.ipynb #c62b9ede
 def plot_history(
     history:History,
     ax=None,
@@ -164,7 +166,7 @@ def plot_history(
     ax.legend(frameon=False)
     return ax
 
-# %% ../nbs/10_training.ipynb #c7263f07
+# %% ../nbs/10_training.ipynb #1434180c
 def windows(
     encoded:list[dict], epochs:int, max_tokens:int, accumulate:int, seed:int,
 ) -> list: # one list of batches (lists of row numbers) for each optimizer step
@@ -175,7 +177,7 @@ def windows(
         out += [bs[i:i+accumulate] for i in range(0, len(bs), accumulate)]
     return out
 
-# %% ../nbs/10_training.ipynb #d8962a9a
+# %% ../nbs/10_training.ipynb #0e02c7ca
 @torch.no_grad()
 def validate(
     model, encoded:list[dict], pad_id:int, loss_fn=supervised_loss, max_tokens:int=1024,
@@ -188,16 +190,19 @@ def validate(
     model.train(was)
     return (sum(s.item() for s, _ in sums) / sum(n.item() for _, n in sums))
 
-# %% ../nbs/10_training.ipynb #35131b2b
-def optimizer_step(optimizer, scaler, params, clip):
+# %% ../nbs/10_training.ipynb #c4d12c14
+def optimizer_step(optimizer, scaler, params, clip, step):
     "Unscale, clip, step; gives the gradient's length before clipping"
     scaler.unscale_(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(params, clip)
+    if not (scaler.is_enabled() or norm.isfinite()):
+        raise FloatingPointError(f"The gradient's length is {norm} at step {step}: "
+                                 "halve the learning rate")
     scaler.step(optimizer); scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return norm.item()
 
-# %% ../nbs/10_training.ipynb #2f729e6f
+# %% ../nbs/10_training.ipynb #f8f04502
 def _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip, look):
     "All optimizer steps; `look(step)` validates when it is time and gives the seconds that took"
     dev, params = next(model.parameters()).device, trained_parameters(model)
@@ -213,7 +218,7 @@ def _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip,
             if not math.isfinite(loss): raise FloatingPointError(
                 f"The loss is {loss} at step {i+1}: halve the learning rate ({lr}), "
                 f"and look at the rows of this batch: {work[i]}")
-            norm = optimizer_step(opt, scaler, params, clip)
+            norm = optimizer_step(opt, scaler, params, clip, i+1)
             history.tokens += sum(len(r["input_ids"]) for b in rows for r in b)
             history.supervised += sum(l != -100 for b in rows for r in b for l in r["labels"])
             history.steps.append(dict(step=i+1, loss=loss, lr=lr*lr_at(i, len(work)), norm=norm,
@@ -223,7 +228,24 @@ def _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip,
                 f"{history.tokens/(meter.seconds-away+1e-9):.0f} tokens/s", refresh=False)
     history.seconds, history.peak_bytes = meter.seconds - away, meter.peak_bytes
 
-# %% ../nbs/10_training.ipynb #f0075733
+# %% ../nbs/10_training.ipynb #a030d35f
+def _positive(**values) -> dict:
+    "`values` as they are; raises `ValueError` at one that is not above 0"
+    for k, v in values.items():
+        if v <= 0: raise ValueError(f"{k}={v}: it must be above 0")
+    return values
+
+def _watch(model, held, history, steps, looks, pad_id, loss_fn):
+    "A function of the step that validates when it is time, and gives the seconds that took"
+    when = {round(k*steps/max(1, looks-1)) for k in range(looks)}
+    def look(step):
+        if not held or step not in when: return 0.
+        with Meter() as m: loss = validate(model, held, pad_id, loss_fn)
+        history.valid.append(dict(step=step, loss=loss))
+        return m.seconds
+    return look
+
+# %% ../nbs/10_training.ipynb #3a169eb0
 def fit(
     model, # with its trained parameters in float32, such as after `add_lora`
     tokenizer,
@@ -239,23 +261,18 @@ def fit(
     seed:int=0, # order of the rows
 ) -> History:
     "Train on the answers of `train`; raises `ValueError` for bad rows before anything is trained"
-    encoded, held = (encode_all(train, tokenizer, max_length),
-                     encode_all(valid, tokenizer, max_length) if valid else None)
-    loss_fn = pick_loss(model, collate(encoded[:1], tokenizer.pad_token_id,
-                                       next(model.parameters()).device))
+    conf = _positive(epochs=epochs, lr=lr, max_tokens=max_tokens, accumulate=accumulate)
+    def rows(x): return None if x is None else encode_all(x, tokenizer, max_length)
+    encoded, held = rows(train), rows(valid)
+    pad_id, dev = tokenizer.pad_token_id, next(model.parameters()).device
+    loss_fn = pick_loss(model, collate(encoded[:1], pad_id, dev))
     work = windows(encoded, epochs, max_tokens, accumulate, seed)
     history = History(trainable=sum(p.numel() for p in trained_parameters(model)),
-        settings=dict(rows=len(encoded), epochs=epochs, lr=lr, max_tokens=max_tokens,
-                      accumulate=accumulate, clip=clip, seed=seed))
-    when = {round(k*len(work)/max(1, looks-1)) for k in range(looks)}
-    def look(step):
-        if not held or step not in when: return 0.
-        with Meter() as m: history.valid.append(dict(
-            step=step, loss=validate(model, held, tokenizer.pad_token_id, loss_fn)))
-        return m.seconds
+                      settings=dict(conf, rows=len(encoded), clip=clip, seed=seed))
+    look = _watch(model, held, history, len(work), looks, pad_id, loss_fn)
     model.train()
-    with plain_attention(model, max(len(e["input_ids"]) for e in encoded + (held or []))):
-        _run(model, encoded, work, history, loss_fn, tokenizer.pad_token_id, lr, weight_decay,
-             clip, look)
-    model.eval()
+    try:
+        with plain_attention(model, max(len(e["input_ids"]) for e in encoded + (held or []))):
+            _run(model, encoded, work, history, loss_fn, pad_id, lr, weight_decay, clip, look)
+    finally: model.eval()
     return history

@@ -8,7 +8,7 @@ from pathlib import Path
 
 root = Path(__file__).resolve().parent.parent
 LESSON = root/"nbs"/"00_start.ipynb"
-SAID = (ValueError, OSError, KeyError, FloatingPointError)   # errors that carry their own remedy
+SAID = (ValueError, OSError, KeyError, RuntimeError, MemoryError, FloatingPointError)   # errors that carry their own remedy
 
 
 def options(argv=None):
