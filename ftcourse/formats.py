@@ -9,19 +9,19 @@ __all__ = ['COLUMNS', 'READERS', 'SIDES', 'find_columns', 'is_label', 'read', 'f
            'check_labels', 'to_messages', 'render', 'encode', 'show', 'Html', 'encode_all', 'batches', 'collate',
            'plot_lengths']
 
-# %% ../nbs/04_formats.ipynb #5978f110
+# %% ../nbs/04_formats.ipynb #e70188b9
 import csv, hashlib, io, json, random, re, unicodedata
 from pathlib import Path
 from types import SimpleNamespace
 
-# %% ../nbs/04_formats.ipynb #4a40ca78
+# %% ../nbs/04_formats.ipynb #507a5621
 import torch
 from datasets import Dataset
 from jinja2 import TemplateError
 from . import corpora
 from .models import token_html
 
-# %% ../nbs/04_formats.ipynb #06acf564
+# %% ../nbs/04_formats.ipynb #850e63b6
 COLUMNS = {
     "instruction": ("instruction", "instructions", "system", "task_description"),
     "input": ("input", "text", "question", "message", "query", "prompt", "context", "mr",
@@ -31,7 +31,7 @@ COLUMNS = {
     "split": ("split", "set", "fold"),
 }
 
-# %% ../nbs/04_formats.ipynb #4ce08b6c
+# %% ../nbs/04_formats.ipynb #1f68f3ea
 def find_columns(
     have, # column names of the file
     columns:dict|None=None, # ours → the file's, where the names can't be guessed
@@ -55,7 +55,7 @@ def find_columns(
                          "(make course: INPUT=… OUTPUT=…)")
     return found
 
-# %% ../nbs/04_formats.ipynb #304b6c8f
+# %% ../nbs/04_formats.ipynb #be0053e6
 def _text(path):
     "The file's text, which must be UTF-8 (with or without a byte-order mark)"
     raw = Path(path).read_bytes()
@@ -67,7 +67,7 @@ def _text(path):
                          "Save it as 'CSV UTF-8', or convert it: "
                          f"iconv -f WINDOWS-1252 -t UTF-8 '{path}' > new.csv") from None
 
-# %% ../nbs/04_formats.ipynb #6180acd4
+# %% ../nbs/04_formats.ipynb #a1bfc794
 def _csv(path, text):
     "Records of a CSV or TSV file, each with its line number"
     csv.field_size_limit(10**9)
@@ -90,7 +90,7 @@ def _csv(path, text):
     except csv.Error as e:
         raise ValueError(f"{path}, after line {line}: {e}. Is a quote left open there?") from None
 
-# %% ../nbs/04_formats.ipynb #7b147079
+# %% ../nbs/04_formats.ipynb #1b90a565
 def _json(path, text):
     "Records of a JSON array or of JSON lines, each with its number"
     lines = Path(path).suffix.lower() == ".jsonl" or not text.lstrip().startswith("[")
@@ -110,14 +110,14 @@ def _json(path, text):
                              f"and {sorted(recs[0][1])} in the first row")
     return recs
 
-# %% ../nbs/04_formats.ipynb #794a8231
+# %% ../nbs/04_formats.ipynb #bdc39418
 def _parses(line):
     "Is this line JSON?"
     try: json.loads(line)
     except json.JSONDecodeError: return False
     return True
 
-# %% ../nbs/04_formats.ipynb #2e81e60a
+# %% ../nbs/04_formats.ipynb #8f7f33c2
 def is_label(
     outputs, # all the outputs of a task
 ) -> bool:
@@ -126,14 +126,14 @@ def is_label(
     return (bool(distinct) and len(distinct) <= 200 and len(distinct)*4 <= len(outputs)
             and max(map(len, distinct)) <= 60)
 
-# %% ../nbs/04_formats.ipynb #b510c088
+# %% ../nbs/04_formats.ipynb #2d16e0d6
 def _default_instruction(outputs):
     "What to tell the model when the file doesn't say"
     if not is_label(outputs): return "Reply to the message."
     return ("Name the category of the message. Answer with exactly one of: "
             + ", ".join(sorted(set(outputs))) + ".")
 
-# %% ../nbs/04_formats.ipynb #4c5475f5
+# %% ../nbs/04_formats.ipynb #8a790438
 READERS = {".csv": _csv, ".tsv": _csv, ".json": _json, ".jsonl": _json}
 SIDES = {"train": "train", "training": "train", "test": "test"}   # what a split column may say
 
@@ -153,7 +153,7 @@ def _gap(row, names):
     if row.get("input") or row.get("instruction"): return None
     return "input" if "input" in names else "instruction"
 
-# %% ../nbs/04_formats.ipynb #91481e7e
+# %% ../nbs/04_formats.ipynb #24e394e7
 def read(
     path, # .csv, .tsv, .json or .jsonl
     columns:dict|None=None, # ours (instruction, input, output, split) → the file's; None guesses
@@ -174,7 +174,7 @@ def read(
     return Dataset.from_list([{"instruction": given, "input": "", "task": path.stem, **r}
                               for r in rows])
 
-# %% ../nbs/04_formats.ipynb #f1e5baf5
+# %% ../nbs/04_formats.ipynb #0746c011
 def _cell(path, i, rec, col):
     "One field as text; numbers are fine, lists and objects are not"
     v = rec[col]
@@ -186,7 +186,7 @@ def _cell(path, i, rec, col):
         raise ValueError(f"{path}, row {i}: {col!r} holds half a character ({v[:20]!a})") from None
     return v
 
-# %% ../nbs/04_formats.ipynb #8e93428f
+# %% ../nbs/04_formats.ipynb #2262ad44
 def fingerprint(
     text:str,
 ) -> int: # 64 bits
@@ -195,7 +195,7 @@ def fingerprint(
     words = words.strip() or text
     return int.from_bytes(hashlib.sha256(words.encode()).digest()[:8], "big")
 
-# %% ../nbs/04_formats.ipynb #d0d3533e
+# %% ../nbs/04_formats.ipynb #77a76212
 def _content(row):
     "What a row asks"
     return row["input"] or row["instruction"]
@@ -205,7 +205,7 @@ def _place(row, seed):
     text = f"{seed}/{fingerprint(_content(row))}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
 
-# %% ../nbs/04_formats.ipynb #9d84a426
+# %% ../nbs/04_formats.ipynb #af4ba0c3
 def split(
     rows:Dataset, # as `read` gives them
     test:float=.2, # share of the different questions to hold out
@@ -226,7 +226,7 @@ def split(
             "give more, or a column 'split'")
     return {side: rows.select(ids) for side, ids in sides.items()}
 
-# %% ../nbs/04_formats.ipynb #ca89560b
+# %% ../nbs/04_formats.ipynb #da4a7727
 def _given_split(rows):
     "The file's own `split` column: train (or training) and test"
     side = [SIDES.get(s.lower()) for s in rows["split"]]
@@ -243,7 +243,7 @@ def _given_split(rows):
                 "a score on it would mean nothing. Take it out of one of the two")
     return out
 
-# %% ../nbs/04_formats.ipynb #1f450e0c
+# %% ../nbs/04_formats.ipynb #14f86a9e
 def load(
     name, # a corpus, or a path to a file
     split_:str="train", # "train", "valid" or "test"
@@ -254,8 +254,8 @@ def load(
     "Rows of a corpus or of your own file, held out by content; " \
     "raises `ValueError` or `FileNotFoundError`"
     if name in corpora.names():
-        rows = corpora.load(name, split_)
-        return rows if not n or n >= len(rows) else corpora.load(name, split_, n=n, seed=seed)
+        most = len(corpora.load(name, split_))
+        return corpora.load(name, split_, n=min(n or most, most), seed=seed)
     if not Path(name).suffix:
         raise ValueError(f"No corpus is called {name!r}; there are: {', '.join(corpora.names())}; "
                          "or give the path of a .csv, .tsv, .json or .jsonl file")
@@ -269,7 +269,7 @@ def load(
     rows = sides[split_].shuffle(seed=seed)
     return rows.select(range(min(n or len(rows), len(rows))))
 
-# %% ../nbs/04_formats.ipynb #35c5f7a9
+# %% ../nbs/04_formats.ipynb #6e29414b
 def prepare(
     cfg, # of `settings`: corpus, *_rows, seed; for a file of your own input, output, instruction
 ) -> SimpleNamespace: # train, valid, test: rows; kinds, guides, names: by task
@@ -290,7 +290,7 @@ def prepare(
         for t in tasks if kinds[t] == "label"}
     return SimpleNamespace(**rows, kinds=kinds, guides=guides, names=named)
 
-# %% ../nbs/04_formats.ipynb #cfa5a164
+# %% ../nbs/04_formats.ipynb #7a11f8d8
 def check_labels(
     train:Dataset, test:Dataset,
 ):
@@ -306,7 +306,7 @@ def check_labels(
                 raise ValueError(f"Test row {i+1}: the label {o!r} never occurs in training. "
                     "Add training rows with it, mend its spelling, or take the row out")
 
-# %% ../nbs/04_formats.ipynb #592624c8
+# %% ../nbs/04_formats.ipynb #1215299f
 def to_messages(
     row:dict, # `instruction`, `input`, `output`
     answer:bool=True, # with the answer (training), or without it (a request)
@@ -317,7 +317,7 @@ def to_messages(
     else: msgs = [{"role": "user", "content": row["instruction"]}]
     return msgs + [{"role": "assistant", "content": row["output"]}] * answer
 
-# %% ../nbs/04_formats.ipynb #1bfdb3a5
+# %% ../nbs/04_formats.ipynb #c3a87d7f
 def _neutral(text, tokenizer):
     "`text` with special tokens broken up"
     added = {a.content for a in tokenizer.added_tokens_decoder.values() if a.special}
@@ -336,7 +336,7 @@ def _takes_system(tokenizer):
         except TemplateError: _TAKES_SYSTEM[t] = False
     return _TAKES_SYSTEM[t]
 
-# %% ../nbs/04_formats.ipynb #0b657395
+# %% ../nbs/04_formats.ipynb #c26d58dd
 def render(
     messages:list[dict],
     tokenizer,
@@ -350,7 +350,7 @@ def render(
     return tokenizer.apply_chat_template(msgs, tokenize=False,
                                          add_generation_prompt=add_generation_prompt)
 
-# %% ../nbs/04_formats.ipynb #74758af5
+# %% ../nbs/04_formats.ipynb #bf2d16f1
 def _pieces(messages, tokenizer):
     "(text, supervised?) pairs whose concatenation is the rendered conversation"
     done = ""
@@ -367,7 +367,7 @@ def _pieces(messages, tokenizer):
         if stop < len(upto): yield upto[stop:], False
         done = upto
 
-# %% ../nbs/04_formats.ipynb #0e47d5b7
+# %% ../nbs/04_formats.ipynb #8be17da2
 def encode(
     messages:list[dict], # with at least one answer
     tokenizer,
@@ -391,7 +391,7 @@ def encode(
         raise ValueError(f"{len(ids):,} tokens, and max_length is {max_length:,}")
     return {"input_ids": ids, "labels": labels}
 
-# %% ../nbs/04_formats.ipynb #3625145a
+# %% ../nbs/04_formats.ipynb #0cd6df15
 def show(
     encoded:dict, # of `encode`
     tokenizer,
@@ -402,12 +402,12 @@ def show(
     return token_html(encoded["input_ids"], tokenizer,
                       lambda i: "given" if encoded["labels"][i] == -100 else "asked")
 
-# %% ../nbs/04_formats.ipynb #426c9cc8
+# %% ../nbs/04_formats.ipynb #e040edb3
 class Html(str):
     "Text that a notebook shows as HTML"
     def _repr_html_(self): return str(self)
 
-# %% ../nbs/04_formats.ipynb #e9c5c487
+# %% ../nbs/04_formats.ipynb #be9de37f
 def encode_all(
     rows:Dataset,
     tokenizer,
@@ -429,7 +429,7 @@ def encode_all(
     if not out: raise ValueError("No row is left to train on")
     return out
 
-# %% ../nbs/04_formats.ipynb #fa7e7e1c
+# %% ../nbs/04_formats.ipynb #d8666ab3
 def batches(
     encoded:list[dict],
     max_tokens:int=1024, # most tokens in a batch, padding included; a longer row is a batch alone
@@ -447,7 +447,7 @@ def batches(
     if seed is not None: rng.shuffle(out)
     return out
 
-# %% ../nbs/04_formats.ipynb #68cfab41
+# %% ../nbs/04_formats.ipynb #238052c3
 def collate(
     rows:list[dict], # encoded rows
     pad_id:int, # fills up `input_ids`; its label is always -100, whatever else the token means
@@ -461,7 +461,7 @@ def collate(
     mask = torch.tensor([pad([1]*len(r["input_ids"]), 0) for r in rows], device=device)
     return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
-# %% ../nbs/04_formats.ipynb #781c6a2b
+# %% ../nbs/04_formats.ipynb #8012bb25
 def plot_lengths(
     encoded:list[dict],
     ax=None,
