@@ -382,3 +382,8 @@ def test_citation():
     assert d["version"] == ftcourse.__version__ and d["license"] == "Apache-2.0"
     assert d["repository-code"] == f"https://github.com/{a['repo']}" and d["url"] == a["site"]
     assert "Apache License" in (ROOT/"LICENSE").read_text() and "END OF TERMS AND CONDITIONS" in (ROOT/"LICENSE").read_text()
+
+
+def test_readme_shows_the_scoreboard_that_lesson_00_printed():
+    done = subprocess.run([sys.executable, "tools/readme.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
