@@ -15,7 +15,7 @@ def printed():
     for cell in nbformat.read(root/"nbs"/"00_start.ipynb", as_version=4).cells:
         for out in cell.get("outputs", []):
             text = out.get("text", "")
-            if "\nReport: " in text: return text.split("\nReport: ")[0].strip()
+            if "\nReport: " in text: return text.split("\nReport: ")[0].strip("\n")
     raise SystemExit("nbs/00_start.ipynb has no saved scoreboard: run tools/lessons.py nbs/00_start.ipynb first")
 
 
