@@ -262,8 +262,8 @@ def fit(
 ) -> History:
     "Train on the answers of `train`; raises `ValueError` for bad rows before anything is trained"
     conf = _positive(epochs=epochs, lr=lr, max_tokens=max_tokens, accumulate=accumulate)
-    def rows(x): return None if x is None else encode_all(x, tokenizer, max_length)
-    encoded, held = rows(train), rows(valid)
+    encoded = encode_all(train, tokenizer, max_length)
+    held = encode_all(valid, tokenizer, max_length) if valid is not None and len(valid) else None
     pad_id, dev = tokenizer.pad_token_id, next(model.parameters()).device
     loss_fn = pick_loss(model, collate(encoded[:1], pad_id, dev))
     work = windows(encoded, epochs, max_tokens, accumulate, seed)
