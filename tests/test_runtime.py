@@ -2,7 +2,7 @@
 import os, random, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np, pytest, torch
-from alone import alone
+from own_process import in_own_process
 from ftcourse import runtime
 from ftcourse.runtime import (Meter, cache_dir, find_settings, peak_bytes, precision, progress,
                               seed_everything, settings, write_atomic)
@@ -180,7 +180,7 @@ def test_seeds_repeat_and_differ():
 
 # ---------- Meter
 
-@alone
+@in_own_process
 def test_meter_sees_200_mb():
     with Meter() as m:
         if not m.resettable: pytest.skip("this system can't reset its high-water mark")
@@ -189,7 +189,7 @@ def test_meter_sees_200_mb():
     assert 190e6 < m.peak_bytes - before < 260e6
 
 
-@alone
+@in_own_process
 def test_meter_forgets_what_was_before():
     x = np.ones(40_000_000); del x
     with Meter() as m: pass
@@ -198,7 +198,7 @@ def test_meter_forgets_what_was_before():
     assert m.peak_bytes < peak_bytes() - 200e6
 
 
-@alone
+@in_own_process
 def test_a_meter_inside_another_does_not_blind_the_outer_one():
     with Meter() as outer:
         if not outer.resettable: pytest.skip("this system can't reset its high-water mark")

@@ -4,7 +4,7 @@ import numpy as np, pytest, torch
 from datasets import Dataset
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
-from alone import alone
+from own_process import in_own_process
 from ftcourse import corpora, formats, lora, models, training
 from ftcourse.formats import batches, collate, encode_all
 from ftcourse.runtime import Meter, seed_everything
@@ -306,7 +306,7 @@ def test_accumulation_trains_the_same_model(rows, tok):
     assert (run(work) - run(joined)).abs().max() < 1e-4
 
 
-@alone
+@in_own_process
 def test_peak_memory_is_that_of_training_and_not_of_the_last_validation(rows, tok, monkeypatch):
     with Meter() as m:
         if not m.resettable: pytest.skip("this system can't reset its high-water mark")

@@ -3,7 +3,7 @@ import os, subprocess, sys
 from pathlib import Path
 
 
-def alone(test):
+def in_own_process(test):
     "Run `test` in a fresh interpreter, with its fixtures"
     if os.environ.get("FTCOURSE_ALONE") == test.__name__: return test
     file = Path(test.__code__.co_filename)
