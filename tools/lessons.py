@@ -30,6 +30,7 @@ def run_lesson(path, profile=None, flags=(), save=True, timeout=1800):
     nb.cells = [c for c in whole if runs(c)]
     if profile: os.environ["FTCOURSE_PROFILE"] = profile
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")   # they name files of this machine
     start = time.time()
     nb.metadata.pop("widgets", None)
     NotebookClient(nb, timeout=timeout, kernel_name="python3", store_widget_state=False,
