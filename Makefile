@@ -56,8 +56,8 @@ test: setup ## every test: at most 15 minutes on two cores
 docs: setup ## the site, without Quarto, into _proc/_docs: about 10 seconds
 	@$(PY) tools/pages.py
 
-bench: setup ## training speed beside Hugging Face's Trainer: about 10 minutes; ROUNDS=5 for more rounds
-	@echo "Measuring, about 10 minutes; leave the machine alone meanwhile …"
+bench: setup ## speed beside Hugging Face's Trainer and generate: about 15 minutes; ROUNDS=5 for more rounds
+	@echo "Measuring, about 15 minutes; leave the machine alone meanwhile …"
 	@$(PY) tests/benchmarks/bench_training.py $(if $(ROUNDS),--rounds "$(ROUNDS)")
 
 clean: ## take away what was built; the environment in .venv and your runs/ stay

@@ -7,6 +7,9 @@ import pytest
 ROOT = Path(os.environ.get("FTCOURSE_DATA") or Path(__file__).resolve().parents[2]/"shared"/"data")
 OFFICIAL = dict(tgen=.6593, slug=.6619, nle=.6534, harv=.6496, gong=.6422, adapt=.5092, chen=.5859,
                 tuda=.5657)
+NIST = dict(tgen=8.5923, slug=8.5824, nle=8.4757, harv=8.4615, gong=8.3453, adapt=7.1954, chen=5.1265,
+            tuda=7.4544)
+CIDER = dict(tgen=2.2338)   # Dušek, Novikova and Rieser 2018; with Java's PTB tokeniser
 needs_e2e = pytest.mark.skipif(not (ROOT/"e2e_humans").is_dir(),
     reason="needs the E2E data: set FTCOURSE_DATA to the folder that holds e2e and e2e_humans")
 

@@ -7,8 +7,8 @@ from hypothesis import given, settings, strategies as st
 from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest, _bootstrap_resample, estimate_ci
 from ftcourse.corpora import info, load
-from ftcourse.evaluation import (Scoreboard, bootstrap, draws, guess_kind, normalise_label, paired,
-    report_html, resample_counts, save_run, scoreboard, size_text, time_text)
+from ftcourse.evaluation import (Scoreboard, bootstrap, draws, guess_kind, holm, normalise_label,
+    paired, report_html, resample_counts, save_run, scoreboard, size_text, time_text)
 from ftcourse.metrics import Score, accuracy, bleu, f1, rouge
 from humans import needs_e2e, outputs, references, streams
 
@@ -203,6 +203,42 @@ def test_board_does_not_call_a_winner_by_luck(desk):
     assert board.best("accuracy") is None and "*" not in str(board).rsplit("\n", 1)[0]
     assert "★" not in board._repr_html_().split("</table>")[0]
     assert "no difference shown" in board.headline("b")
+
+
+def test_stars_between_equal_systems_stay_at_five_percent(board, desk):
+    "Replies dealt to two systems by a coin a row: five metrics, and seldom a star on any"
+    pair, stars, alone = [board["few"], board["tuned"]], 0, 0
+    for t in range(200):
+        dealt = {"a": {}, "b": {}}
+        for m in board.metrics:
+            x, y = (s[m] for s in pair)
+            coin = np.random.default_rng(t).integers(2, size=(x.n, 1))
+            dealt["a"][m] = Score(m, np.where(coin, x.stats, y.stats), x.fn)
+            dealt["b"][m] = Score(m, np.where(coin, y.stats, x.stats), x.fn)
+        b = Scoreboard(dealt, {}, desk, board.kinds, 300, seed=t)
+        stars += any(b.winners().values())
+        alone += any(b.compare("a", "b", m).verdict != "no difference shown" for m in b.metrics)
+        assert any(b.winners().values()) <= any(d.verdict != "no difference shown" for d in b.versus("a"))
+    assert stars/200 <= .05 + 3*np.sqrt(.05*.95/200) and stars <= alone, (stars, alone)
+
+
+def test_a_star_needs_to_survive_the_other_metrics():
+    "p of about .03 is enough alone, and not among five"
+    a = accuracy([1]*100, [1]*60 + [0]*40)
+    b = accuracy([1]*100, [1]*49 + [0]*11 + [1]*2 + [0]*38)
+    c = accuracy([1]*100, [1, 0]*50)
+    lone = Scoreboard({"b": {"m": b}, "a": {"m": a}}, {}, [], {})
+    assert lone.best("m") == "a" and lone.versus()[0].verdict == "better"
+    b2 = accuracy([1]*100, [1]*50 + [0]*10 + [1]*2 + [0]*38)
+    names = ["m", "n1", "n2", "n3", "n4"]
+    many = Scoreboard({"b": {n: b2 if n == "m" else c for n in names},
+                       "a": {n: a if n == "m" else c for n in names}}, {}, [], {})
+    alone = many.compare("a", "b", "m")
+    assert alone.verdict == "better" and .01 < alone.p < .05, alone
+    d = next(d for d in many.versus("a") if d.metric == "m")
+    assert many.best("m") is None and d.verdict == "no difference shown"
+    assert d.p_holm == pytest.approx(holm([x.p for x in many.versus("a")])[0])
+    assert "corrected" in str(d) and "corrected" not in str(alone)
 
 
 def test_metric_keys_of_one_task_and_of_no_task(desk):

@@ -62,8 +62,8 @@ def test_bleu_settings(smooth, tokenize):
 
 
 @quick
-@given(rows, st.sampled_from(list(TOKENIZERS)), st.booleans(), st.sampled_from(SMOOTH),
-       st.booleans())
+@given(rows, st.sampled_from(list(TOKENIZERS)), st.booleans(),
+       st.sampled_from(list(SMOOTH)), st.booleans())
 def test_bleu_equals_sacrebleu_on_anything(pairs, tokenize, lowercase, smooth, effective):
     hyps, refs = [h for h, _ in pairs], [r for _, r in pairs]
     ours = bleu(hyps, refs, tokenize, lowercase, smooth, effective)

@@ -161,10 +161,28 @@ def test_numbers_that_mean_nothing_are_refused(monkeypatch, key, value):
 # ---------- machine
 
 def test_precision_of_this_processor(monkeypatch):
-    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: True)
+    monkeypatch.setattr(runtime, "cpu_prefers_bf16", lambda: True)
     assert precision("cpu") == torch.bfloat16
-    monkeypatch.setattr(runtime, "cpu_has_bf16", lambda: False)
+    monkeypatch.setattr(runtime, "cpu_prefers_bf16", lambda: False)
     assert precision("cpu") == torch.float32
+
+
+@pytest.mark.parametrize("f32,bf16,want", [(4., 1., True), (1., 2., False), (1.2, 1., False)])
+def test_bf16_must_be_faster_and_not_only_known(monkeypatch, f32, bf16, want):
+    "A clock that says how long each product took; some processors know bf16 and are slower with it"
+    clock, ask = iter([0., f32, 10., 10.+bf16]*6), runtime.cpu_prefers_bf16.__wrapped__
+    monkeypatch.setattr(runtime.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True, raising=False)
+    assert ask() is want
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False, raising=False)
+    assert ask() is False   # and the clock isn't asked: it would have run out
+
+
+def test_trying_bf16_draws_no_random_number():
+    torch.manual_seed(3); want = torch.rand(1)
+    torch.manual_seed(3); runtime.cpu_prefers_bf16.__wrapped__()
+    assert torch.equal(torch.rand(1), want)
 
 
 @pytest.mark.parametrize("major,want", [(7, torch.float16), (8, torch.bfloat16), (9, torch.bfloat16)])

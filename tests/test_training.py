@@ -1,15 +1,23 @@
 "The loop is exact: losses, gradients, windows, validation, counts; and it stops before it spoils anything"
-import copy, math
+import json, math, os, re, signal, subprocess, sys, time, types
+import xml.etree.ElementTree as ET
+from pathlib import Path
 import numpy as np, pytest, torch
-from datasets import Dataset
 from torch.nn import functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM
 from own_process import in_own_process
-from ftcourse import corpora, formats, lora, models, training
+from ftcourse import corpora, formats, lora, models, speed, training
 from ftcourse.formats import batches, collate, encode_all
 from ftcourse.runtime import Meter, seed_everything
-from ftcourse.training import (History, fit, full_loss, lr_at, pick_loss, plain_attention, smooth, supervised_loss, trained_parameters,
-                               validate, window_step, windows)
+from ftcourse.speed import full_loss, pick_loss, plain_attention, supervised_loss
+from ftcourse.training import (History, LrSearch, cast_for, check_packing, checkpointed, collate_packed, compiled, curve, find_lr, fit, layers_of,
+                               lr_at, make_optimizer, optimizer_step, pack, parameter_groups, smooth, status, to_device, trained_parameters,
+                               validate, window_step, windows, with_positions)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 SIZE = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 
@@ -140,6 +148,10 @@ def test_lr_rises_falls_and_keeps_its_bounds(steps):
     assert all(0 < x <= 1 for x in xs) and max(xs) == 1
     assert xs[:top+1] == sorted(xs[:top+1]) and xs[top:] == sorted(xs[top:], reverse=True)
     if steps >= 100: assert xs[0] < .2 and xs[-1] == pytest.approx(.02, abs=.01) and top <= .07*steps
+
+
+def test_a_short_run_warms_up_too():
+    assert [lr_at(s, 22) for s in range(3)] == pytest.approx([1/3, 2/3, 1]) and lr_at(0, 4) == .5 and lr_at(0, 1) == 1
 
 
 def test_lr_without_warmup_and_smooth():
@@ -344,3 +356,499 @@ def test_plot_history_needs_no_validation(rows, tok):
     ax = training.plot_history(History(steps=[dict(step=1, loss=2., lr=1, norm=1, tokens=3)]))
     assert ax.get_xlabel() and ax.get_ylabel()
     plt.close("all")
+
+# ---------- precision
+
+def base(dtype, scale=3.):
+    "A tiny model whose frozen weights have 16 bits"
+    return lora.add_lora(tiny(seed=7, scale=scale).to(dtype), r=4, alpha=8)
+
+
+def test_precision_is_picked_from_model_and_machine(monkeypatch):
+    b, h = torch.bfloat16, torch.float16
+    for native, full in ((b, b), (h, h), (torch.float32, None)):
+        monkeypatch.setattr(training, "native_precision", lambda dev: native)
+        assert cast_for(tiny()) is full, "full fine-tuning: float32 weights, products in what the machine multiplies"
+        assert cast_for(with_lora()) is None and cast_for(base(b)) is None and cast_for(base(h)) is None
+        assert cast_for(with_lora(), "bf16") is b and cast_for(tiny(), "fp16") is h and cast_for(base(b), "bf16") is None
+        assert cast_for(tiny(), "float32") is None
+    mixed = base(b)
+    mixed.lm_head.weight = torch.nn.Parameter(mixed.lm_head.weight.float())
+    assert cast_for(mixed) is b, "a float32 matrix beside bf16 ones needs autocast"
+
+
+def test_precision_that_makes_no_sense_is_refused(rows, tok):
+    with pytest.raises(ValueError, match="No precision 'fp8'; there are: float32, bf16, fp16"): fit(tiny(), tok, rows, precision="fp8")
+    for p in ("float32", "fp16"):
+        with pytest.raises(ValueError, match=f"precision='{p}'.*frozen weights are in bfloat16"): fit(base(torch.bfloat16), tok, rows, precision=p)
+
+
+def test_full_fine_tuning_by_the_same_call(rows, tok):
+    "Weights stay float32, products are bf16, and the loss is float32's to bf16's rounding"
+    def run(precision):
+        model = tiny(scale=1.)
+        seen = []
+        model.model.layers[0].mlp.register_forward_hook(lambda m, a, out: seen.append(out.dtype))
+        h = fit(model, tok, rows, rows.select(range(4)), max_tokens=300, lr=1e-3, precision=precision, looks=2)
+        assert {p.dtype for p in model.parameters()} == {torch.float32}
+        return h, set(seen[1:])
+    (low, dl), (wide, dw) = run("bf16"), run("float32")
+    assert dl == {torch.bfloat16} and dw == {torch.float32}
+    assert low.trainable == sum(p.numel() for p in tiny().parameters()) and low.valid[-1]["loss"] < low.valid[0]["loss"]
+    for a, b in zip(low.steps, wide.steps): assert a["loss"] == pytest.approx(b["loss"], rel=5e-3) and a["loss"] != b["loss"]
+
+
+def test_lora_under_autocast_is_near_float32(rows, tok):
+    a, b = (fit(with_lora(), tok, rows, max_tokens=300, precision=p) for p in ("bf16", "float32"))
+    for x, y in zip(a.steps, b.steps): assert x["loss"] == pytest.approx(y["loss"], rel=1e-2)
+
+
+def test_fp16_scales_the_loss_and_skips_a_step_that_overflows(rows, tok):
+    model = base(torch.float16, scale=1.)
+    was = torch.cat([p.detach().flatten() for p in lora.lora_parameters(model)])
+    blow = [True]
+    model.model.layers[0].self_attn.q_proj.lora_B.register_hook(lambda g: g*(float("inf") if blow.pop() else 1.) if blow else g)
+    h = fit(model, tok, rows, max_tokens=300)
+    assert h.steps[0]["norm"] == float("inf") and all(math.isfinite(s["norm"]) for s in h.steps[1:]) and len(h.steps) > 3
+    now = torch.cat([p.detach().flatten() for p in lora.lora_parameters(model)])
+    assert now.isfinite().all() and not torch.equal(now, was)
+
+
+def test_fp16_keeps_gradients_that_would_vanish():
+    "Without scaling a gradient of 1e-9 is 0 in fp16; with it the weight moves as in float32"
+    w = torch.nn.Parameter(torch.ones(4))
+    def grad(scale):
+        s = torch.amp.GradScaler("cpu", enabled=scale)
+        w.grad = None
+        s.scale((w.half()*1e-4).sum().float()*1e-5).backward()
+        s.unscale_(torch.optim.SGD([w], lr=1.))if scale else None
+        return w.grad
+    assert not grad(False).any() and torch.allclose(grad(True), torch.full((4,), 1e-9), rtol=1e-2)
+
+
+# ---------- optimizer
+
+def test_matrices_decay_and_vectors_do_not():
+    model = tiny()
+    decay, plain = parameter_groups(model, .1)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert decay["weight_decay"] == .1 and plain["weight_decay"] == 0.
+    assert {n for p in plain["params"] if (n := names[id(p)])} == {n for n in names.values() if "norm" in n}
+    assert len(decay["params"]) + len(plain["params"]) == len(names)
+    assert len(parameter_groups(with_lora(), .1)) == 1
+
+
+def test_decay_reaches_the_weights_and_only_matrices(rows, tok):
+    "With no gradient to speak of, decay alone moves the weights: by lr*decay at each step"
+    model = tiny(scale=1.)
+    for p in model.parameters(): p.register_hook(lambda g: g*0)
+    was = state(model)
+    h = fit(model, tok, rows, max_tokens=300, weight_decay=.5, lr=1e-2, precision="float32")
+    share = math.prod(1 - s["lr"]*.5 for s in h.steps)
+    assert torch.allclose(model.model.layers[0].mlp.up_proj.weight, was["model.layers.0.mlp.up_proj.weight"]*share, rtol=1e-4)
+    assert torch.equal(model.model.norm.weight, was["model.norm.weight"]) and share < .99
+
+
+def test_fused_adamw_is_adamw(rows, tok):
+    def run(kind):
+        model = with_lora()
+        fit(model, tok, rows, max_tokens=300, optimizer=kind, weight_decay=.1)
+        return torch.cat([p.detach().flatten() for p in lora.lora_parameters(model)])
+    plain = run(lambda groups: torch.optim.AdamW(groups, lr=1., fused=False))
+    assert make_optimizer(with_lora()).defaults["fused"] and (run("adamw") - plain).abs().max() < 1e-5
+
+
+def test_optimizers_that_are_not_there(rows, tok):
+    with pytest.raises(ValueError, match='No optimizer \'lion\'; there are "adamw", "adamw8bit"'): fit(with_lora(), tok, rows, optimizer="lion")
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="needs a CUDA GPU, and the model is on cpu"): fit(with_lora(), tok, rows, optimizer="adamw8bit")
+
+
+# ---------- packing
+
+def test_pack_keeps_to_the_budget_and_loses_no_row(encoded):
+    for budget in (150, 300, 2000):
+        bins = pack(encoded, budget, seed=1)
+        assert sorted(i for b in bins for i in b) == list(range(len(encoded)))
+        assert all(sum(len(encoded[i]["input_ids"]) for i in b) <= budget or len(b) == 1 for b in bins)
+    assert bins == pack(encoded, 2000, seed=1) != pack(encoded, 2000, seed=2) and len(bins) < len(encoded)/3
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("arch,kw", [("llama", {}), ("qwen3", dict(head_dim=8)), ("gemma3_text", dict(head_dim=8)), ("mistral", dict(head_dim=8, sliding_window=16))])
+def test_a_packed_sequence_has_the_loss_and_gradients_of_its_rows(arch, kw, encoded, tok, attention):
+    model = tiny(arch, **kw)
+    model.set_attn_implementation(attention)
+    rows = encoded[:5]
+    together, gt = grads(model, [collate_packed(rows)], with_positions(supervised_loss))
+    apart, ga = grads(model, [collate([e], tok.pad_token_id) for e in rows])
+    assert together == pytest.approx(apart, abs=1e-5) and (gt - ga).abs().max() < 1e-5
+
+
+def test_without_positions_packed_rows_leak(encoded, tok):
+    "The bug of trl#1230: each row reads the ones before it, and the loss is another one"
+    model, rows = tiny(), encoded[:5]
+    apart, _ = grads(model, [collate([e], tok.pad_token_id) for e in rows])
+    leaky = {k: v for k, v in collate_packed(rows).items() if k != "position_ids"}
+    assert abs(grads(model, [leaky])[0] - apart) > 1e-3
+    with pytest.raises(ValueError, match="a packed row sees the row before it.*packing=False"): check_packing(model, encoded[:2], supervised_loss)
+    check_packing(model, encoded[:2], with_positions(supervised_loss))
+
+
+def test_no_row_learns_to_predict_the_next_rows_beginning(encoded):
+    eager = [{**e, "labels": list(e["input_ids"])} for e in encoded[:3]]   # even if every token were asked for
+    b = collate_packed(eager)
+    starts = [0, *np.cumsum([len(e["input_ids"]) for e in eager])[:-1]]
+    assert all(b["labels"][0, s] == -100 and b["position_ids"][0, s] == 0 for s in starts)
+    assert (b["labels"] == -100).sum() == 3 and b["input_ids"][0].tolist() == sum((e["input_ids"] for e in eager), [])
+
+
+def test_a_packed_run_trains_and_counts_the_same_tokens(rows, tok, encoded):
+    model = with_lora()
+    h = fit(model, tok, rows, rows.select(range(4)), max_tokens=400, packing=True, looks=2)
+    assert h.tokens == sum(len(e["input_ids"]) for e in encoded) and h.valid[1]["loss"] < h.valid[0]["loss"]
+    assert not model.base_model._forward_pre_hooks
+    assert validate(model, encoded, tok.pad_token_id) == pytest.approx(validate(model, encoded, tok.pad_token_id, with_positions(supervised_loss)))
+
+
+# ---------- activation checkpointing, compile
+
+def moved(model):
+    with torch.no_grad():
+        for p in lora.lora_parameters(model): p.normal_(std=.05)
+    return model
+
+@pytest.mark.parametrize("dropout", [0., .2])
+def test_checkpointing_gives_the_same_gradients_and_trains_b(rows, tok, encoded, dropout):
+    "peft#1142: with checkpointing and frozen inputs, B used to stay at zero without a word"
+    def run(use):
+        model = tiny(seed=7)
+        torch.manual_seed(0)
+        lora.add_lora(model, r=4, alpha=8, dropout=dropout)
+        calls = []
+        model.model.layers[0].mlp.register_forward_pre_hook(lambda *a: calls.append(1))
+        fit(model, tok, rows, max_tokens=300, checkpointing=use)
+        return torch.cat([p.detach().flatten() for p in lora.lora_parameters(model)]), len(calls), model
+    (a, na, _), (b, nb, model) = run(False), run(True)
+    assert torch.equal(a, b) and nb >= na + 4, "computed twice in every step, with the same result"
+    lora.check_trained(model)
+    assert not any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
+
+
+@in_own_process
+def test_checkpointing_needs_less_memory(tok):
+    with Meter() as m:
+        if not m.resettable: pytest.skip("this system can't reset its high-water mark")
+    torch.manual_seed(0)
+    conf = AutoConfig.for_model("llama", vocab_size=512, hidden_size=128, intermediate_size=1024, num_hidden_layers=12, num_attention_heads=4)
+    model = lora.add_lora(AutoModelForCausalLM.from_config(conf).float(), r=4)
+    ids = torch.randint(0, 512, (8, 256))
+    def peak(use):
+        with checkpointed(model.train(), use), Meter() as m:
+            now = m.peak_bytes
+            grads(model, [dict(input_ids=ids, labels=ids)])
+        return m.peak_bytes - now
+    peak(True)
+    with_all, without = peak(False), peak(True)
+    assert without < with_all/2, (without, with_all)
+
+
+def test_layers_are_found_and_compile_is_undone(monkeypatch):
+    model = tiny()
+    assert [type(l).__name__ for l in layers_of(model)] == ["LlamaDecoderLayer"]*2
+    with compiled(model): assert all(l._compiled_call_impl is not None for l in layers_of(model))
+    assert all(l._compiled_call_impl is None for l in layers_of(model))
+
+
+# ---------- looks: metric, patience, best
+
+def scripted(values):
+    "A metric that gives these values, one after the other"
+    it = iter(values)
+    return lambda model: next(it)
+
+def final(model): return torch.cat([p.detach().flatten() for p in lora.lora_parameters(model)])
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_the_best_weights_are_put_back(rows, tok, tmp_path, folder):
+    seen = []
+    def metric(model):
+        assert not model.training and not torch.is_grad_enabled()
+        seen.append(final(model).clone())
+        return [.1, .5, .9, .4, .2][len(seen)-1]
+    model = with_lora()
+    h = fit(model, tok, rows, max_tokens=300, metric=metric, folder=tmp_path/"run" if folder else None, save_every=1)
+    assert h.best["metric"] == .9 and h.best["step"] == h.valid[2]["step"] and [v["metric"] for v in h.valid] == [.1, .5, .9, .4, .2]
+    assert torch.equal(final(model), seen[2]) and not torch.equal(seen[2], seen[4])
+    if folder:
+        kept = [int(p.name.split("-")[1]) for p in training.checkpoints(tmp_path/"run")]
+        assert kept == [len(h.steps), len(h.steps)-1, h.best["step"]]
+        again = with_lora(seed=5)
+        fit(again, tok, rows, max_tokens=300, metric=metric, folder=tmp_path/"run", save_every=1, resume=True)
+        assert torch.equal(final(again), seen[2]) and len(seen) == 5
+
+
+def test_the_best_by_held_out_loss(rows, tok, monkeypatch):
+    losses = scripted([3., 1., 2., 2., 2.])
+    monkeypatch.setattr(training, "validate", lambda *a, **k: next(losses) if hasattr(losses, "__next__") else losses(None))
+    h = fit(with_lora(), tok, rows, rows.select(range(2)), max_tokens=300, best=True)
+    assert h.best["loss"] == 1. and h.best["step"] == h.valid[1]["step"] and "validation 3.000 → 2.000" in str(h)
+
+
+def test_best_is_recorded_and_not_put_back_unless_asked_for(rows, tok):
+    model, seen = with_lora(), []
+    def metric(model): seen.append(final(model).clone()); return -len(seen)
+    h = fit(model, tok, rows, max_tokens=300, metric=metric, best=False)
+    assert h.best["step"] == 0 and torch.equal(final(model), seen[-1]) and not torch.equal(seen[0], seen[-1])
+
+
+def test_patience_stops_early(rows, tok):
+    values = [.1, .3, .2, .3, .1, .9, .9]
+    h = fit(with_lora(), tok, rows, max_tokens=300, metric=scripted(values), patience=3, looks=7)
+    assert [v["metric"] for v in h.valid] == values[:5] and h.stopped == "patience" and h.best["metric"] == .3 and not h.interrupted
+    assert len(h.steps) == h.valid[-1]["step"] < len(windows(encode_all(rows, tok), 1, 300, 1, 0)) and "stopped early (patience)" in str(h)
+
+
+def test_a_patient_run_that_is_resumed_stays_stopped(rows, tok, tmp_path):
+    kw = dict(max_tokens=300, patience=2, looks=7, folder=tmp_path)
+    a = with_lora()
+    ha = fit(a, tok, rows, metric=scripted([.3, .2, .1, .0]), **kw)
+    b = with_lora(seed=3)
+    hb = fit(b, tok, rows, metric=scripted([]), resume=True, **kw)
+    assert ha.stopped == hb.stopped == "patience" and torch.equal(final(a), final(b)) and ha.steps == hb.steps
+
+
+@pytest.mark.parametrize("kw,says", [(dict(patience=2), "give valid= or metric="), (dict(best=True), "give valid= or metric="),
+                                     (dict(resume=True), "need a folder"), (dict(logs="tensorboard"), "need a folder"),
+                                     (dict(logs="wandb"), "No log 'wandb'; there are: jsonl, tensorboard, trackio"),
+                                     (dict(patience=0, metric=len), "patience=0: it must be above 0"), (dict(save_every=0), "save_every=0")])
+def test_options_that_need_something_else(rows, tok, kw, says):
+    with pytest.raises(ValueError, match=says): fit(with_lora(), tok, rows, **kw)
+
+
+def test_an_unknown_argument_is_named(rows, tok):
+    with pytest.raises(TypeError, match="fit has no argument 'pakcing'; beside its own there are: precision, optimizer, packing"):
+        fit(with_lora(), tok, rows, pakcing=True)
+
+
+def test_a_metric_that_is_no_number(rows, tok):
+    with pytest.raises(FloatingPointError, match="The look after step 0 gave"): fit(with_lora(), tok, rows, metric=lambda m: float("nan"))
+
+
+# ---------- what is shown and logged
+
+def test_the_log_has_a_line_a_step_and_a_look(rows, tok, tmp_path):
+    h = fit(with_lora(), tok, rows, rows.select(range(4)), max_tokens=300, folder=tmp_path, looks=3)
+    lines = [json.loads(l) for l in (tmp_path/"log.jsonl").read_text().splitlines()]
+    steps, looks = [l for l in lines if "lr" in l], [l for l in lines if "valid/loss" in l]
+    assert [(l["step"], l["loss"], l["tokens"]) for l in steps] == [(s["step"], s["loss"], s["tokens"]) for s in h.steps]
+    assert [(l["step"], l["valid/loss"]) for l in looks] == [(v["step"], v["loss"]) for v in h.valid]
+
+
+def test_functions_get_every_value(rows, tok):
+    got = []
+    h = fit(with_lora(), tok, rows, rows.select(range(4)), max_tokens=300, looks=2, logs=lambda step, values: got.append((step, values)))
+    assert [s for s, v in got if "loss" in v] == [s["step"] for s in h.steps] and [v["valid/loss"] for s, v in got if "valid/loss" in v] == [v["loss"] for v in h.valid]
+
+
+def test_tensorboard_reads_our_log(rows, tok, tmp_path):
+    acc = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    h = fit(with_lora(), tok, rows, rows.select(range(4)), max_tokens=300, logs=["tensorboard"], folder=tmp_path)
+    ea = acc.EventAccumulator(str(tmp_path/"tensorboard")); ea.Reload()
+    assert {"loss", "lr", "norm", "valid/loss"} <= set(ea.Tags()["scalars"])
+    assert [(e.step, e.value) for e in ea.Scalars("loss")] == [(s["step"], pytest.approx(s["loss"])) for s in h.steps]
+
+
+def test_trackio_keeps_our_log_on_this_machine(tmp_path):
+    pytest.importorskip("trackio")
+    code = ("import sys; sys.path[:0] = ['tests', '.']\nimport test_training as t\nfrom ftcourse import corpora, models, training\n"
+            "rows = corpora.load('desk', 'train', n=8)\n"
+            f"h = training.fit(t.with_lora(), models.load()[1], rows, rows.select(range(3)), max_tokens=300, logs=['trackio'], folder={str(tmp_path/'mine')!r})\n"
+            "from trackio.sqlite_storage import SQLiteStorage as S\n"
+            "runs = S.get_runs('ftcourse'); got = [l['loss'] for l in S.get_logs('ftcourse', runs[0]) if 'loss' in l]\n"
+            "assert len(runs) == 1 and got == [s['loss'] for s in h.steps], (runs, got)\nprint('logged', len(got))")
+    p = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=ROOT,
+                       env={**os.environ, "TRACKIO_DIR": str(tmp_path/"trackio"), "FTCOURSE_PLAIN": "1"})
+    assert p.returncode == 0 and "logged" in p.stdout, p.stdout + p.stderr[-2000:]
+
+
+@pytest.mark.parametrize("log,module", [("tensorboard", "torch.utils.tensorboard"), ("trackio", "trackio")])
+def test_a_log_whose_package_is_missing_names_it(rows, tok, tmp_path, monkeypatch, log, module):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=f"needs a package: pip install {log}"): fit(with_lora(), tok, rows, logs=log, folder=tmp_path)
+
+
+def test_the_status_line_says_what_is_left():
+    h = History(steps=[dict(step=i+1, loss=2.5, tokens=100) for i in range(10)], seconds=20., tokens=1000, peak_bytes=3e9)
+    assert status(h, 40) == "loss 2.50, 1,000 tokens, 50 tokens/s, peak memory 3.00 GB, 1 min 0 s left" and status(History(), 4) == ""
+
+
+def test_the_curve_stays_small_and_inside_its_box():
+    losses = [3*math.exp(-i/900) + .3*(i % 7) for i in range(5000)]
+    h = History(steps=[dict(step=i+1, loss=l, tokens=i) for i, l in enumerate(losses)], valid=[dict(step=0, loss=9.), dict(step=5000, loss=.5)], seconds=1.)
+    html = curve(h, 5000)
+    points = [tuple(map(float, p.split(","))) for s in re.findall(r'points="([^"]*)"', html) for p in s.split()]
+    assert len(html) < 5000 and all(0 <= x <= 490 and 0 <= y <= 128 for x, y in points) and len(points) > 100
+    ET.fromstring(f"<p>{html}</p>")
+    for odd in (History(), History(steps=[dict(step=1, loss=float("inf"), tokens=1)])): ET.fromstring(f"<p>{curve(odd, 3)}</p>")
+
+
+def test_in_a_notebook_one_curve_is_redrawn_in_place(rows, tok, monkeypatch):
+    display = pytest.importorskip("IPython.display")
+    shown = []
+    class Handle:
+        def update(self, html): shown.append(("update", html.data))
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    monkeypatch.delenv("FTCOURSE_PLAIN", raising=False)
+    monkeypatch.setattr(display, "display", lambda html, display_id=None: (shown.append(("new", html.data)), Handle())[1])
+    for live, last in (("stay", "<svg"), (True, "")):
+        shown.clear()
+        fit(with_lora(), tok, rows.select(range(4)), max_tokens=300, live=live)
+        assert [k for k, _ in shown].count("new") == 1 and shown[0][0] == "new" and shown[-1][1].startswith(last) and (last or not shown[-1][1])
+        assert "tokens/s" in shown[0][1] and "left" in shown[0][1]
+
+
+# ---------- learning-rate finder
+
+def test_find_lr_leaves_everything_as_it_was(rows, tok):
+    model = with_lora()
+    was, rng = state(model), torch.get_rng_state()
+    search = find_lr(model, tok, rows, max_tokens=300, steps=20, high=10.)
+    assert unchanged(model, was) and torch.equal(rng, torch.get_rng_state()) and not model.training and all(p.grad is None for p in model.parameters())
+    assert search.lrs == sorted(search.lrs) and search.lrs[0] == 1e-5 and len(search.lrs) == len(search.losses) <= 20
+    assert search.suggestion in search.lrs
+
+
+def test_find_lr_ends_where_the_loss_explodes_and_suggests_before(rows, tok):
+    model = tiny(scale=1.)
+    search = find_lr(model, tok, rows, max_tokens=300, steps=40, low=1e-5, high=100., precision="float32")
+    assert len(search.lrs) < 40 and search.losses[-1] > 1.5*min(search.losses)
+    assert 1e-4 < search.suggestion < search.lrs[-1]/2
+    good = fit(model, tok, rows, rows, epochs=3, max_tokens=300, lr=search.suggestion, precision="float32", looks=2).valid
+    assert good[1]["loss"] < good[0]["loss"] - 1
+
+
+def test_the_suggestion_is_the_steepest_descent():
+    lrs = [10**(-5 + i/8) for i in range(40)]
+    losses = [4 - 3/(1 + math.exp(-(math.log10(l)+3)*4)) + (20*(math.log10(l)+1.5) if l > 10**-1.5 else 0) for l in lrs]
+    s = LrSearch(lrs, losses).suggestion
+    assert 5e-4 < s < 4e-3
+    plt = pytest.importorskip("matplotlib.pyplot")
+    assert LrSearch(lrs, losses).plot().get_xlabel() == "learning rate"
+    plt.close("all")
+
+
+# ---------- devices
+
+class OneDevice(TorchDispatchMode):
+    "Fails at the first operation that mixes devices; numbers without dimensions may come from the CPU"
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        flat = torch.utils._pytree.arg_tree_leaves(*args, **(kwargs or {}))
+        devs = {t.device.type for t in flat if torch.is_tensor(t) and not (t.device.type == "cpu" and t.dim() == 0)}
+        copies = func.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
+        assert len(devs) <= 1 or copies, f"{func} mixes {devs}"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("loss,packing", [(supervised_loss, False), (full_loss, False), (supervised_loss, True)])
+def test_a_step_touches_no_stray_tensor_of_the_cpu(encoded, loss, packing, monkeypatch):
+    "On a device that is none (fake tensors): a tensor made on the CPU by mistake stops the step"
+    monkeypatch.setattr(speed, "chunked_cross_entropy", lambda h, head, want, *a: F.cross_entropy(head(h).float(), want, reduction="sum"))   # fakes can't be cut up
+    dev = torch.device("cuda" if torch.version.cuda else "meta")
+    conf = AutoConfig.for_model("llama", vocab_size=49152, **SIZE)
+    with FakeTensorMode(allow_non_fake_inputs=False, shape_env=ShapeEnv()), OneDevice():
+        with torch.device(dev): model = lora.add_lora(AutoModelForCausalLM.from_config(conf), r=2).train()
+        rows = [dict(input_ids=[5]*n, labels=[-100]*3 + [5]*(n-3)) for n in (7, 9)]
+        batch = {k: v.to(dev) for k, v in (collate_packed(rows) if packing else collate(rows, 0)).items()}
+        optimizer = make_optimizer(model)
+        scaler = types.SimpleNamespace(scale=lambda x: x, unscale_=lambda o: None, is_enabled=lambda: True, step=lambda o: o.step(), update=lambda: None)
+        window_step(model, [batch, batch], with_positions(loss), scaler)
+        params = trained_parameters(model)
+        assert {p.grad.device.type for p in params} == {dev.type}
+        optimizer_step(optimizer, scaler, params, 1., 1)
+        assert len(optimizer.state) == len(params)
+        with pytest.raises((AssertionError, RuntimeError), match="mixes|same device"):
+            loss(model, {**batch, "input_ids": torch.zeros(2, 9, dtype=torch.long)})
+
+
+def test_batches_go_to_the_models_device(encoded, tok):
+    for b in (collate(encoded[:3], tok.pad_token_id), collate_packed(encoded[:3])):
+        assert {t.device.type for t in to_device(b, torch.device("meta")).values()} == {"meta"}
+
+
+def gpu(dtype=torch.float32):
+    model = tiny(seed=7).to("cuda", dtype)
+    torch.manual_seed(0)
+    return lora.add_lora(model, r=4, alpha=8)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["float32", "bf16", "fp16"])
+def test_cuda_precisions_agree(rows, tok, precision):
+    h, ref = (fit(gpu(), tok, rows, rows.select(range(4)), max_tokens=300, precision=p) for p in (precision, "float32"))
+    for a, b in zip(h.steps, ref.steps): assert a["loss"] == pytest.approx(b["loss"], rel=2e-2)
+    assert h.peak_bytes > 0
+
+
+@pytest.mark.cuda
+def test_cuda_batches_come_from_pinned_memory(encoded, tok, monkeypatch):
+    seen, real = [], torch.Tensor.to
+    monkeypatch.setattr(torch.Tensor, "to", lambda t, *a, **k: (seen.append((t.is_pinned(), k.get("non_blocking"))), real(t, *a, **k))[1])
+    out = to_device(collate(encoded[:3], tok.pad_token_id), torch.device("cuda"))
+    assert set(seen) == {(True, True)} and all(t.is_cuda for t in out.values())
+
+
+@pytest.mark.cuda
+def test_cuda_fused_adamw_checkpointing_packing_and_full(rows, tok):
+    assert make_optimizer(gpu()).defaults["fused"]
+    for kw in (dict(checkpointing=True), dict(packing=True), dict(precision="fp16", accumulate=2)):
+        h = fit(gpu(), tok, rows, rows.select(range(4)), max_tokens=300, **kw)
+        assert h.valid[-1]["loss"] < h.valid[0]["loss"]
+    h = fit(tiny(scale=1.).cuda(), tok, rows, rows.select(range(4)), max_tokens=300, lr=1e-3)
+    assert h.valid[-1]["loss"] < h.valid[0]["loss"]
+
+
+@pytest.mark.cuda
+def test_cuda_compile(rows, tok):
+    a, b = (fit(gpu(), tok, rows, max_tokens=300, compile=c) for c in (True, False))
+    for x, y in zip(a.steps, b.steps): assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
+
+
+@pytest.mark.cuda
+def test_cuda_resume(rows, tok, tmp_path):
+    def run(**kw): m = gpu(); torch.manual_seed(1); return m, fit(m, tok, rows, max_tokens=300, epochs=2, **kw)
+    a, ha = run()
+    b, hb = run(folder=tmp_path, save_every=1, logs=lambda step, v: signal.raise_signal(signal.SIGINT) if step == 3 else None)
+    c, hc = run(folder=tmp_path, save_every=1, resume=True)
+    assert hb.interrupted and torch.equal(final(a), final(c)) and [s["loss"] for s in ha.steps] == [s["loss"] for s in hc.steps]
+
+
+@pytest.mark.cuda
+def test_cuda_peak_memory_is_the_gpus(rows, tok):
+    small, big = (fit(gpu(), tok, rows, max_tokens=t).peak_bytes for t in (200, 2000))
+    assert big > small and big >= torch.cuda.max_memory_allocated()*.5
+
+
+# ---------- cost
+
+def test_fit_costs_little_over_the_bare_loop(rows, tok, encoded):
+    "Collating, counting, history and bar against forward, backward and step alone, on the same work"
+    data, ratios = [*rows]*2, []
+    encoded = encode_all(data, tok)
+    def ours():
+        h = fit(with_lora(), tok, data, max_tokens=600)
+        return h.seconds
+    def bare():
+        model = with_lora()
+        ready = [[collate([encoded[i] for i in b], tok.pad_token_id) for b in w] for w in windows(encoded, 1, 600, 1, 0)]
+        params, opt, off = trained_parameters(model), make_optimizer(model), torch.amp.GradScaler("cpu", enabled=False)
+        with training.quick(model, collate(encoded[:2], tok.pad_token_id), 200) as loss_fn:
+            model.train()
+            start = time.perf_counter()
+            for w in ready:
+                window_step(model, w, loss_fn, off)
+                training.optimizer_step(opt, off, params, 1., 1)
+            return time.perf_counter() - start
+    for _ in range(4): ratios.append(ours()/bare())
+    assert sorted(ratios)[1] < 1.25, ratios   # a tiny model's steps take milliseconds; `make bench` has the real one's

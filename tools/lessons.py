@@ -51,7 +51,7 @@ def main():
     p.add_argument("--flags", default="", help="also run cells flagged so: cuda,slow")
     p.add_argument("--check", action="store_true", help="run, but don't save")
     a = p.parse_args()
-    todo = a.notebooks or sorted((root/"nbs").glob("**/[0-9]*.ipynb"))
+    todo = a.notebooks or sorted(p for p in (root/"nbs").glob("**/*.ipynb") if p.name[0].isdigit() or p.parent.name == "cases")
     for f in todo:
         print(f"{f} …", flush=True)
         try: took = run_lesson(f, a.profile, a.flags.split(","), save=not a.check)

@@ -22,7 +22,7 @@ def addresses(root=ROOT):
                 site=urls["Documentation"].rstrip("/") + "/", package=d["project"]["name"])
 
 
-def lessons(root=ROOT): return sorted((root/"nbs").glob("**/[0-9]*.ipynb"))
+def lessons(root=ROOT): return sorted(p for p in (root/"nbs").glob("**/*.ipynb") if p.name[0].isdigit() or p.parent.name == "cases")
 
 
 def title(path):
@@ -57,7 +57,8 @@ def mend_sidebar(text, root=ROOT):
     def line(m):
         name = title(root/m[4]) if (root/m[4]).exists() else None
         if not name: return m[0]
-        return m[1] + json.dumps(f"{Path(m[4]).name[:2]} · {name}", ensure_ascii=False) + m[3]
+        number = re.match(r"\d+[a-z]?", Path(m[4]).name)
+        return m[1] + json.dumps(f"{number[0]} · {name}" if number else name, ensure_ascii=False) + m[3]
     return SIDEBAR.sub(line, text)
 
 
