@@ -219,7 +219,10 @@ def by_length(
     texts, # such as the inputs
     parts=3, # pieces of about equal size
 ) -> list: # a label a row, such as "1 to 12 words"
-    "Cut rows by how long their text is, at the quantiles"
+    "Cut rows by how long their text is, at the quantiles. ValueError for a row without text"
+    gap = next((i for i, t in enumerate(texts) if not isinstance(t, str)), None)
+    if gap is not None: raise ValueError(f"row {gap}: {texts[gap]!r:.60} is not text")
+    if not len(texts): raise ValueError("no texts: check the split's name or the filter")
     n = np.array([len(t.split()) for t in texts])
     cuts = np.unique(np.quantile(n, np.linspace(0, 1, parts + 1)[1:-1], method="lower"))
     edges = [n.min() - 1, *(c for c in cuts if n.min() <= c < n.max()), n.max()]
@@ -269,6 +272,8 @@ def fact_errors(
         raise ValueError(f"{len(replies)} replies for {len(rows)} rows: give one a row")
     found = []
     for i, (reply, r) in enumerate(zip(replies, rows)):
+        if not isinstance(reply, str): raise ValueError(f"row {i}: the reply is {reply!r:.60}, not "
+            f'text. Use "" where the system said nothing.')
         known = " \n ".join([*(r.get("references") or [r["output"]]), r.get("input") or ""])
         missing = [f for f in r.get("facts") or [] if not states(reply, f)]
         invented = sorted(figures(reply) - figures(known))
@@ -448,6 +453,8 @@ def judge_pairs(prefer, questions, a, b, seed=0) -> Judged: # as in `both_orders
     if not len(questions) == len(a) == len(b) > 0: raise ValueError(f"{len(questions)} questions, "
         f"{len(a)} and {len(b)} answers: give one of each a row, and at least one")
     there, back = both_orders(prefer, questions, a, b)
+    if not all(((0 <= p) & (p <= 1)).all() for p in (there, back)): raise ValueError("the judge "
+        "gives probabilities from 0 to 1, and some of these are not (nan?): look at its replies")
     def share(hits): return bootstrap(accuracy([True]*len(hits), list(map(bool, hits))), seed=seed)
     took_first = np.concatenate([there > .5, back < .5])
     return Judged(share(took_first), share((there > .5) == (back > .5)), share(there + back > 1))

@@ -7,13 +7,14 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/evaluation.html.md"""
 # %% auto #0
 __all__ = ['PAGE_CSS', 'resample_counts', 'draws', 'bootstrap', 'Difference', 'check_pair', 'two_sided', 'paired',
            'normalise_label', 'guess_kind', 'metrics_for', 'Scoreboard', 'scoreboard', 'holm', 'metric_name', 'Versus',
-           'versions', 'size_text', 'time_text', 'card', 'report_html', 'save_run']
+           'versions', 'size_text', 'time_text', 'card', 'report_html', 'save_run', 'SavedBoard', 'read_board']
 
 # %% ../nbs/08_evaluation.ipynb #0ca11de2
 import base64, io, json, math, platform, random
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 from fastcore.basics import patch
 from fastcore.xml import (B, Body, Div, Figcaption, Figure, H1, H2, H3, H4, Head, I, Img, Li,
@@ -40,6 +41,8 @@ def draws(
     seed=0, # the same seed and number of rows draw the same test sets
 ) -> list: # an array (resamples,) for each score
     "The scores of resampled test sets, from sufficient statistics alone"
+    if resamples != int(resamples) or resamples < 1: raise ValueError(f"resamples={resamples}: how "
+        f"many test sets to draw, a whole number; 1000 if in doubt")
     n, rng = scores[0].n, np.random.default_rng(seed)
     step = max(1, min(resamples, 4_000_000 // n))            # at most 4 million counts at once
     blocks = []
@@ -49,6 +52,10 @@ def draws(
     return [np.concatenate(b) for b in zip(*blocks)]
 
 # %% ../nbs/08_evaluation.ipynb #221b0435
+def _tails(level):
+    if not 0 < level < 1: raise ValueError(f"level={level}: a share between 0 and 1, such as .95")
+    return [50*(1 - level), 100 - 50*(1 - level)]   # percentiles
+
 def bootstrap(
     score:Score, # any score of lesson 07
     resamples=1000, # how many test sets to draw
@@ -56,9 +63,8 @@ def bootstrap(
     seed=0,
 ) -> Score:
     "The same score with `low` and `high`: percentile bootstrap interval (Efron 1979)"
-    if not 0 < level < 1: raise ValueError(f"level={level}: a share between 0 and 1, such as .95")
-    tail = 50*(1 - level)
-    low, high = np.percentile(draws(score, resamples=resamples, seed=seed)[0], [tail, 100 - tail])
+    tails = _tails(level)
+    low, high = np.percentile(draws(score, resamples=resamples, seed=seed)[0], tails)
     return replace(score, low=float(low), high=float(high))
 
 # %% ../nbs/08_evaluation.ipynb #5c4d29e6
@@ -117,10 +123,9 @@ def paired(
 ) -> Difference:
     "Paired bootstrap of `a` minus `b` (Koehn 2004). ValueError if they can't be compared"
     check_pair(a, b, names)
-    da, db = draws(a, b, resamples=resamples, seed=seed)
-    d, tail = da - db, 50*(1 - level)
-    low, high = np.percentile(d, [tail, 100 - tail])
-    return Difference(a.name, *names, a.value, b.value, float(low), float(high), two_sided(d), level)
+    tails, (da, db) = _tails(level), draws(a, b, resamples=resamples, seed=seed)
+    low, high = map(float, np.percentile(da - db, tails))
+    return Difference(a.name, *names, a.value, b.value, low, high, two_sided(da - db), level)
 
 # %% ../nbs/08_evaluation.ipynb #c870442e
 def normalise_label(
@@ -161,15 +166,25 @@ class Scoreboard:
     resamples:int=1000
     level:float=.95
     seed:int=0
+    made:dict=field(default_factory=dict) # system → how its replies were made
 
     @property
     def metrics(self): return list(next(iter(self.scores.values())))
     def __getitem__(self, system): return self.scores[system]
 
 # %% ../nbs/08_evaluation.ipynb #138ab305
+def _columns(systems):
+    "System → list of its replies; ValueError for anything but a dict of lists"
+    if not systems or not hasattr(systems, "items"):
+        raise ValueError("no systems: give {name: list of replies}")
+    for name, said in systems.items():
+        if said is None or isinstance(said, (str, bytes)): raise ValueError(f"system {name!r} has "
+            f"{said!r:.60} for replies: give a list with one reply a row, in the rows' order")
+    return {str(name): list(said) for name, said in systems.items()}
+
 def _check_replies(name, replies, n):
     "A text for each of `n` rows; raises ValueError naming the system and the row"
-    if isinstance(replies, str) or len(replies) != n:
+    if len(replies) != n:
         raise ValueError(f"system {name!r} has {len(replies)} replies for {n} rows: give a list "
                          f"with one reply a row, in the rows' order")
     for i, x in enumerate(replies):
@@ -184,6 +199,15 @@ def _check_rows(rows):
         if not isinstance(r.get("output"), str) or not r["output"].strip():
             raise ValueError(f"row {i}: output is {r.get('output')!r}, so no reply to it can be "
                              f"right. Fill it in, or take the row out.")
+
+# %% ../nbs/08_evaluation.ipynb #89f48d05
+def _check_made(made, systems):
+    "Settings by system; raises ValueError for an unknown system, or for settings that are no dict"
+    for name, how in made.items():
+        if name not in systems: raise ValueError(f"made names {name!r}, which is no system of this "
+            f"board; there are: {', '.join(systems)}")
+        if not isinstance(how, dict): raise ValueError(f"made[{name!r}] is {how!r}: give a dict of "
+            f'settings, such as {{"decoding": "greedy", "seed": 0}}')
 
 # %% ../nbs/08_evaluation.ipynb #8648e54e
 def _tasks(rows, kinds):
@@ -204,11 +228,12 @@ def scoreboard(
     dataset, # rows with `task` and `output`; optional `references` and `facts`
     kinds:dict=None, # task → "label" or "text", as in `info(name).tasks`; default: `guess_kind`
     resamples=1000, level=.95, seed=0, # as in `bootstrap`
+    made:dict=None, # system → {setting: value}: how its replies were made, whatever you know
 ) -> Scoreboard:
     "Score every system on every task, with intervals. ValueError names system, row and remedy"
-    rows, systems = [dict(r) for r in dataset], {str(k): list(v) for k, v in systems.items()}
-    _check_rows(rows)
-    if not systems: raise ValueError("no systems: give {name: list of replies}")
+    rows, made = [dict(r) for r in dataset], {str(k): v for k, v in (made or {}).items()}
+    systems = _columns(systems)
+    _check_rows(rows), _check_made(made, systems)
     for name, replies in systems.items(): _check_replies(name, replies, len(rows))
     tasks, scores = _tasks(rows, kinds), {name: {} for name in systems}
     for name, replies in systems.items():
@@ -218,7 +243,8 @@ def scoreboard(
                 key = metric if len(tasks) == 1 else f"{task}/{metric}"
                 scores[name][key] = bootstrap(s, resamples, level, seed)
     kinds = {t: kind for t, (kind, _) in tasks.items()}
-    return Scoreboard(scores, systems, rows, kinds, resamples, level, seed)
+    made = {k: dict(v) for k, v in made.items()}
+    return Scoreboard(scores, systems, rows, kinds, resamples, level, seed, made)
 
 # %% ../nbs/08_evaluation.ipynb #75b25134
 @patch
@@ -226,11 +252,16 @@ def _known(self:Scoreboard, system):
     if system in self.scores: return system
     raise KeyError(f"no system {system!r} on this board; there are: {', '.join(self.scores)}")
 
+@patch
+def _metric(self:Scoreboard, name):
+    if name in self.metrics: return name
+    raise KeyError(f"no metric {name!r} on this board; there are: {', '.join(self.metrics)}")
+
 # %% ../nbs/08_evaluation.ipynb #0284bbb1
 @patch
 def compare(self:Scoreboard, a, b, metric) -> Difference:
-    "Paired difference of systems `a` minus `b` in `metric`. KeyError for an unknown system"
-    x, y = (self.scores[self._known(s)][metric] for s in (a, b))
+    "Paired difference of systems `a` minus `b` in `metric`. KeyError for an unknown one"
+    x, y = (self.scores[self._known(s)][self._metric(metric)] for s in (a, b))
     return replace(paired(x, y, (a, b), self.resamples, self.level, self.seed), metric=metric)
 
 # %% ../nbs/08_evaluation.ipynb #849073ae
@@ -263,7 +294,7 @@ def winners(self:Scoreboard) -> dict: # metric → a system, or None
 @patch
 def best(self:Scoreboard, metric):
     "The system shown to be better than each other one in `metric`, or None"
-    return self.winners()[metric]
+    return self.winners()[self._metric(metric)]
 
 # %% ../nbs/08_evaluation.ipynb #a6f75148
 _NAMES = {"bleu": "BLEU", "rouge_l": "ROUGE-L", "f1_macro": "macro F1"}
@@ -284,13 +315,18 @@ def _cells(self:Scoreboard):
                                  f"{'*' if n == best else ' '}" for n, s in self.scores.items())]
 
 # %% ../nbs/08_evaluation.ipynb #73c899ba
-@patch
-def __str__(self:Scoreboard):
-    lines = list(self._cells())
+def _aligned(lines):
+    lines = list(lines)
     wide = [max(map(len, col)) for col in zip(*lines)]
     def line(l): return "  ".join([l[0].ljust(wide[0]), *map(str.rjust, l[1:], wide[1:])]).rstrip()
-    return "\n".join([*map(line, lines), f"0 to 100, more is better; [{self.level:.0%} interval]; "
-        "* better than every other system (paired interval above zero)"])
+    return "\n".join(map(line, lines))
+
+@patch
+def __str__(self:Scoreboard):
+    note = (f"0 to 100, more is better; [{self.level:.0%} interval]; "
+            "* better than every other system (paired interval above zero)")
+    made = ["", _aligned(_made_cells(self))] if self.made else []
+    return "\n".join([_aligned(self._cells()), note, *made])
 
 # %% ../nbs/08_evaluation.ipynb #ce9934ce
 @patch
@@ -332,7 +368,8 @@ def _table(self:Scoreboard):
     note = ("More is better. ★: better than every other system, paired interval above zero. "
             "No star: no winner shown.")
     body = Tbody(*(row for m in self.metrics for row in self._rows_of(m)))
-    return Div(Table(head, body, cls="board"), P(Small(note)))
+    made = [_made_table(self)] if self.made else []
+    return Div(Table(head, body, cls="board"), P(Small(note)), *made)
 
 @patch
 def _repr_html_(self:Scoreboard): return to_xml(self._table(), indent=False)
@@ -414,10 +451,27 @@ def headline(self:Scoreboard, system=None) -> str:
 # %% ../nbs/08_evaluation.ipynb #86625534
 @patch
 def to_dict(self:Scoreboard) -> dict:
-    'As in `scores.json`: {"systems": {name: {metric: {"value", "low", "high", "signature", "n"}}}}'
+    'In `scores.json`: {"systems": {name: {metric: {"value", "low", "high", "signature", "n"}}}, …}'
     keys = ("value", "low", "high", "signature", "n")
     return {"systems": {name: {m: {k: getattr(s, k) for k in keys} for m, s in scores.items()}
-                        for name, scores in self.scores.items()}}
+                        for name, scores in self.scores.items()},
+            "best": self.winners(), "level": self.level, "made": _jsonable(self.made)}
+
+# %% ../nbs/08_evaluation.ipynb #d569362a
+def _made_cells(board):
+    "A heading of the systems, then a line for each setting"
+    made = {name: {str(k): " ".join(str(v).split()) for k, v in board.made.get(name, {}).items()}
+            for name in board.scores}
+    yield ["how it was made", *made]
+    for k in dict.fromkeys(k for how in made.values() for k in how):
+        yield [k, *(how.get(k, "not recorded") for how in made.values())]
+
+# %% ../nbs/08_evaluation.ipynb #7f9b5c7c
+def _made_table(board):
+    "The same as HTML"
+    head, *lines = _made_cells(board)
+    rows = (Tr(Th(k, style=_LEFT), *(Td(v, style=_LEFT) for v in vs)) for k, *vs in lines)
+    return Table(Thead(Tr(*(Th(h, style=_LEFT) for h in head))), Tbody(*rows), cls="facts")
 
 # %% ../nbs/08_evaluation.ipynb #c3099dc8
 def _jsonable(x):
@@ -631,3 +685,32 @@ def save_run(
     text = json.dumps(_jsonable(out), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomic(Path(folder)/"scores.json", text)
     return write_atomic(Path(folder)/"report.html", page)
+
+# %% ../nbs/08_evaluation.ipynb #770621e0
+@dataclass(repr=False)
+class SavedBoard:
+    "A board read back from `scores.json`: to look at, not to compare anew"
+    scores:dict  # system → {metric → value, low, high, signature, n}
+    stars:dict   # metric → the system shown to be better than each other one, or None
+    level:float
+    made:dict    # system → how its replies were made
+
+    metrics, _cells, _rows_of = Scoreboard.metrics, Scoreboard._cells, Scoreboard._rows_of
+    _table, _repr_html_ = Scoreboard._table, Scoreboard._repr_html_
+    __str__, __repr__ = Scoreboard.__str__, Scoreboard.__repr__
+    def best(self, metric): return self.stars[metric]
+    def __getitem__(self, system): return self.scores[system]
+
+# %% ../nbs/08_evaluation.ipynb #39e33097
+def read_board(
+    folder, # where `save_run` wrote
+) -> SavedBoard:
+    "The board of a saved run. ValueError for a `scores.json` that lacks a part of it"
+    path = Path(folder)/"scores.json"
+    saved = json.loads(path.read_text("utf-8"))
+    gaps = [k for k in ("systems", "best", "level", "made") if k not in saved]
+    if gaps: raise ValueError(f"{path} has no {', '.join(gaps)}: an older version of "
+        f"ftcourse wrote it. Run the evaluation again, or read the file with json.")
+    scores = {name: {m: SimpleNamespace(**s) for m, s in found.items()}
+              for name, found in saved["systems"].items()}
+    return SavedBoard(scores, saved["best"], saved["level"], saved["made"])

@@ -277,6 +277,8 @@ def test_slice_names_are_escaped():
 
 def test_errors_of_slices():
     with pytest.raises(ValueError, match="3 keys for 50 rows"): slices(coins(.5, 50, 0), [1, 2, 3])
+    with pytest.raises(ValueError, match="row 1: None is not text"): by_length(["a b", None])
+    with pytest.raises(ValueError, match="no texts"): by_length([])
 
 
 @settings(max_examples=100, deadline=None)
@@ -339,6 +341,7 @@ def test_invented_figures():
     assert (e.row, e.missing, e.invented) == (0, ["40 days"], ["14", "8:30"])
     assert figures("Forty-five at 3.50 and 1,000.") == {"45", "3.50", "1000"}
     with pytest.raises(ValueError, match="2 replies for 1 rows"): fact_errors(["a", "b"], [row])
+    with pytest.raises(ValueError, match="row 0: the reply is None"): fact_errors([None], [row])
 
 
 # the page of outputs
@@ -503,3 +506,5 @@ def test_known_biases_are_measured(desk):
     turned = both_orders(judge(2, 0, 1), asked, wrong, right)
     assert (there + back)/2 == pytest.approx(1 - (turned[0] + turned[1])/2)
     with pytest.raises(ValueError, match="2 questions, 1 and 2 answers"): judge_pairs(judge(0, 0, 1), ["a", "b"], ["x"], ["y", "z"])
+    for p in (float("nan"), 1.2, -3.):   # no win for anybody
+        with pytest.raises(ValueError, match="probabilities from 0 to 1"): judge_pairs(lambda r: [p]*len(r), ["q"], ["x"], ["y"])

@@ -1,5 +1,6 @@
 "`ftcourse.evaluation`: bootstrap against sacreBLEU's and against its promise, scoreboard, report"
 import json, re, time
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from sacrebleu.metrics import BLEU
 from sacrebleu.significance import PairedTest, _bootstrap_resample, estimate_ci
 from ftcourse.corpora import info, load
 from ftcourse.evaluation import (Scoreboard, bootstrap, draws, guess_kind, holm, normalise_label,
-    paired, report_html, resample_counts, save_run, scoreboard, size_text, time_text)
+    paired, read_board, report_html, resample_counts, save_run, scoreboard, size_text, time_text)
 from ftcourse.metrics import Score, accuracy, bleu, f1, rouge
 from humans import needs_e2e, outputs, references, streams
 
@@ -141,6 +142,9 @@ def test_bootstrap_properties(right, seed):
     (lambda: paired(accuracy(["a"], ["a"]), f1(["a"], ["a"])), "different scores"),
     (lambda: paired(bleu(["a"], ["a"]), bleu(["a"], ["a"], lowercase=True)), "different scores"),
     (lambda: bootstrap(coin_score(.5, 10), level=95), "a share between 0 and 1"),
+    (lambda: paired(coin_score(.5, 9), coin_score(.5, 9), level=float("nan")), "a share between"),
+    (lambda: bootstrap(coin_score(.5, 10), resamples=0), "resamples=0: how many test sets"),
+    (lambda: paired(coin_score(.5, 9), coin_score(.5, 9), resamples=2.5), "resamples=2.5"),
 ])
 def test_errors_of_comparison(call, says):
     with pytest.raises(ValueError) as e: call()
@@ -285,6 +289,12 @@ def test_board_of_630_rows_is_quick():
     ({"s": ["a", "b"]}, [{"output": "a"}, {"output": " "}], None, "row 1: output"),
     ({"s": ["a", "b"]}, [{"output": "a"}, {"input": "x"}], None, "row 1: output"),
     ({"s": ["a"]}, [{"output": "a"}], {"answer": "json"}, 'a kind is "label" or "text"'),
+    ({"s": "ab"}, [{"output": "a"}, {"output": "b"}], None, "system 's' has 'ab' for replies"),
+    ({"s": None}, [{"output": "a"}], None, "system 's' has None for replies"),
+    ({"s": [b"a"]}, [{"output": "a"}], None, "system 's', row 0: the reply is b'a'"),
+    ({"s": ["a", float("nan")]}, [{"output": "a"}]*2, None, "system 's', row 1: the reply is nan"),
+    ([["a"]], [{"output": "a"}], None, "give {name: list of replies}"),
+    ({"s": ["a"]}, [{"output": "a", "references": [None]}], None, "row 0: refs holds None"),
 ])
 def test_errors_of_the_board(systems, rows, kinds, says):
     with pytest.raises(ValueError) as e: scoreboard(systems, rows, kinds)
@@ -293,10 +303,60 @@ def test_errors_of_the_board(systems, rows, kinds, says):
 
 def test_errors_of_versus(board):
     with pytest.raises(KeyError, match="there are: zero, few, tuned"): board.versus("tunde")
+    with pytest.raises(KeyError, match="there are: zero, few, tuned"): board.compare("zero", "fwe", "answer/bleu")
+    with pytest.raises(KeyError, match="no metric 'bleu' .* there are: "): board.compare("zero", "few", "bleu")
+    with pytest.raises(KeyError, match="no metric 'bleu' .* there are: "): board.best("bleu")
     replies = {"zero": board.systems["zero"]}
     alone = Scoreboard({"zero": board["zero"]}, replies, board.rows, board.kinds)
     with pytest.raises(ValueError, match="add a baseline"): alone.versus()
     assert alone.headline().startswith("zero: ")
+
+
+# how replies were made
+
+ROWS = [dict(output=f"Text number {i}.", input=f"{i}?") for i in range(30)]
+SAID = {"few": ["Text."]*30, "tuned": [r["output"] for r in ROWS]}
+MADE = {"tuned": {"model": "<script>m</script>", "decoding": "greedy", "max_new_tokens": np.int64(64), "shots": 0,
+                  "seed": 2026, "temperature": float("nan"), "note": "two\nlines", "folder": Path("runs")}}
+
+
+def test_a_board_says_how_its_replies_were_made():
+    board = scoreboard(SAID, ROWS, made=MADE)
+    head, *lines = str(board).split("\n\n")[1].split("\n")
+    assert head.split()[-2:] == ["few", "tuned"] and [l.split()[0] for l in lines] == list(MADE["tuned"])
+    assert all(l.count("not recorded") == 1 for l in lines)   # of "few" nothing was said
+    said = [l.split("not recorded")[1].strip() for l in lines]
+    assert said == ["<script>m</script>", "greedy", "64", "0", "2026", "nan", "two lines", "runs"]
+    page = board._repr_html_()
+    assert "&lt;script&gt;m" in page and "<script" not in page and "max_new_tokens" in page
+    assert "<script" not in report_html(board, "t")
+    bare = scoreboard(SAID, ROWS)
+    assert str(board).startswith(str(bare)) and "how it was made" not in str(bare) + bare._repr_html_()
+    MADE["tuned"]["seed"] = 1   # the caller's dict may change later; the board does not
+    assert board.made["tuned"]["seed"] == 2026
+    MADE["tuned"]["seed"] = 2026
+
+
+def test_a_saved_board_says_it_too(tmp_path):
+    board = scoreboard(SAID, ROWS, made=MADE)
+    save_run(tmp_path, board)
+    assert "greedy" in (tmp_path/"report.html").read_text("utf-8")
+    back = read_board(tmp_path)
+    assert back.made["tuned"] == {**MADE["tuned"], "temperature": None, "folder": "runs"}
+    assert str(back) == str(board).replace("  nan", " None") and "greedy" in back._repr_html_()
+    assert "*" in str(back).split("0 to 100")[0] and back.best("bleu") == board.best("bleu") == "tuned"
+    assert back["few"]["bleu"].low == board["few"]["bleu"].low and back.metrics == board.metrics
+    bare = scoreboard(SAID, ROWS)
+    save_run(tmp_path, bare)
+    assert read_board(tmp_path).made == {} and str(read_board(tmp_path)) == str(bare)
+
+
+def test_errors_of_made_and_of_old_files(tmp_path):
+    with pytest.raises(ValueError, match="made names 'tunde', which is no system .* there are: few, tuned"):
+        scoreboard(SAID, ROWS, made={"tunde": {"seed": 0}})
+    with pytest.raises(ValueError, match=r"made\['tuned'\] is 'greedy': give a dict"): scoreboard(SAID, ROWS, made={"tuned": "greedy"})
+    (tmp_path/"scores.json").write_text('{"systems": {}, "level": 0.95}')
+    with pytest.raises(ValueError, match="has no best, made: an older version"): read_board(tmp_path)
 
 
 # report

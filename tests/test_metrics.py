@@ -8,6 +8,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics import BLEU
 from sklearn.metrics import accuracy_score, confusion_matrix
 from sklearn.metrics import precision_recall_fscore_support as sk_prf
+from ftcourse import metrics
 from ftcourse.metrics import (AVERAGES, ROUGE_KINDS, SMOOTH, TOKENIZERS, accuracy, bleu, bleu_stats,
     confusion, exact_match, f1, fact_recall, lcs_length, lcs_positions, per_class, plainly,
     precision, recall, rouge, rouge_prf, rouge_tokens, show_matches, states, tokenize_13a)
@@ -143,6 +144,27 @@ def test_rouge_equals_rouge_score_on_anything(hyp, ref, stem):
     for kind in ROUGE_KINDS:
         ours = rouge_prf(hyp, ref, kind, PorterStemmer().stem if stem else None)
         assert np.abs(np.array(ours) - np.array(theirs[f"rouge{kind}"])).max() < 1e-12, kind
+
+
+@quick
+@given(rows, st.sampled_from(["1", "2"]), st.booleans(), st.booleans())
+def test_rouge_of_many_rows_at_once(pairs, kind, stem, small):
+    "Counted for all rows together, and also where the numbers have to be kept small"
+    from nltk.stem.porter import PorterStemmer
+    hyps, refs = [h for h, _ in pairs], [r for _, r in pairs]
+    scorer = RougeScorer([f"rouge{kind}"], use_stemmer=stem)
+    theirs = [scorer.score_multi(r, h)[f"rouge{kind}"] for h, r in zip(hyps, refs)]
+    with pytest.MonkeyPatch.context() as m:
+        if small: m.setattr(metrics, "_LARGEST", 1)
+        ours = rouge(hyps, refs, kind, stem=PorterStemmer().stem if stem else None)
+    assert np.abs(ours.stats[:, :3] - np.array(theirs)).max() < 1e-12
+
+
+def test_rouge_stems_each_word_once():
+    asked = []
+    def stem(word): asked.append(word); return word[:4]
+    s = rouge(["walking walked", "walking on"], ["walks walked", "walker on"], "1", stem=stem)
+    assert s.value == 100 and sorted(asked) == ["walked", "walker", "walking", "walks"]
 
 
 @quick
@@ -287,6 +309,25 @@ def test_bundled_references_state_their_facts():
     (lambda: bleu(["a"], ["a"], tokenize="zh"), "choose one of 13a"),
     (lambda: bleu(["a"], ["a"], smooth="x"), "choose one of exp"),
     (lambda: rouge(["a"], ["a"], "L2"), "choose one of 1, 2, L"),
+    (lambda: bleu([float("nan"), "a"], ["a", "b"]), "row 0: hyps is nan"),
+    (lambda: rouge(["a", "b"], ["a", float("nan")]), "row 1: refs is nan. Fill it in"),
+    (lambda: bleu(["a"], [b"abc"]), "row 0: refs holds b'abc', not text"),
+    (lambda: rouge(["a"], [[b"a"]], "2"), "row 0: refs holds b'a', not text"),
+    (lambda: bleu(["a"], [{"a": 1}]), "row 0: refs holds {'a': 1}, not text"),
+    (lambda: rouge_prf("a", None, "1"), "row 0: refs is None"),
+    (lambda: exact_match(["a"], [5]), "row 0: refs holds 5"),
+    (lambda: accuracy(["a", float("nan")], ["a", "b"]), "row 1: y_true is nan. Fill it in"),
+    (lambda: f1(["a", "b"], ["a", np.nan]), "row 1: y_pred is nan. Give the empty string"),
+    (lambda: accuracy([1, 0], ["1", "0"]), "y_true holds int, y_pred holds str: no label can be"),
+    (lambda: f1(["a", "b"], [b"a", b"b"]), "y_true holds str, y_pred holds bytes"),
+    (lambda: per_class(["a"], [["a"]]), "row 0: y_pred is ['a'], and a label is one value"),
+    (lambda: precision(["a"], ["a"], labels=[]), "row 0: y_true is 'a'"),
+    (lambda: fact_recall([b"a"], [["a"]]), "row 0: hyps holds b'a', not text"),
+    (lambda: fact_recall(["a", None], [["a"], ["a"]]), "row 1: hyps is None"),
+    (lambda: fact_recall(["a", "b"], [["a"], ["b", None]]), "row 1: facts holds None"),
+    (lambda: fact_recall(["a"], [5]), "row 0: facts holds 5"),
+    (lambda: fact_recall(["a"], [b"45"]), "row 0: facts holds b'45'"),
+    (lambda: fact_recall(["a"], [{"days": 45}]), "row 0: facts holds {'days': 45}"),
     (lambda: accuracy(["a"], []), "1 y_true but 0 y_pred"),
     (lambda: f1(["a", "b"], ["a", None]), "row 1: y_pred is None"),
     (lambda: f1(["a", "b"], ["a", "b"], average="mean"), "choose one of macro"),
@@ -299,6 +340,23 @@ def test_bundled_references_state_their_facts():
 def test_errors(call, says):
     with pytest.raises(ValueError) as e: call()
     assert says in str(e.value)
+
+
+def test_corner_cases_have_the_usual_values():
+    "Documented values, as scikit-learn and rouge-score give them; not errors"
+    one, other = ["a"]*4, ["b"]*4
+    assert accuracy(one, one).value == f1(one, one).value == 100          # one class, all right
+    assert accuracy(one, other).value == f1(one, other).value == 0        # a label nobody knows
+    for average in AVERAGES:
+        theirs = sk_prf(["a", "b"], ["z", "b"], average=average, labels=["a", "b"], zero_division=0)
+        got = [fn(["a", "b"], ["z", "b"], average).value for fn in (precision, recall, f1)]
+        assert np.allclose(got, 100*np.array(theirs[:3]))
+    assert confusion(["a", "b"], ["z", "b"]).counts.tolist() == [[0, 0, 1], [0, 1, 0]]
+    for kind in ROUGE_KINDS:
+        assert rouge(["", "!", "a b"], ["a b", "a b", "a b"], kind).rows().tolist() == [0, 0, 100]
+        assert rouge(["", "a b"], [["", "?"], [""]], kind).rows().tolist() == [0, 0]
+    assert fact_recall(["", "45 days"], [["45 days"], []]).value == 0     # no facts: does not count
+    assert exact_match(["", " "], [[""], ["a", ""]]).value == 100
 
 
 def test_html_is_escaped():

@@ -525,6 +525,8 @@ def test_a_megabyte_is_scored(metric):
     (lambda: token_f1(["a", "b"], ["a", float("nan")]), "row 1: refs"),
     (lambda: cider(["a", "b"], [["a"], []]), "row 1: refs is an empty list"),
     (lambda: cider(["a"], ["a"]), "1 row"),
+    (lambda: chrf(["a"], [b"abc"]), "row 0: refs holds b'abc'"),
+    (lambda: meteor(["a"], [{"a": 1}]), "row 0: refs holds {'a': 1}"),
     (lambda: nist(["a"], ["a"], match="all"), "choose one of any, best"),
     (lambda: meteor(["a"], ["a"], tokenize="zh"), "choose one of 13a"),
     (lambda: json_f1(["{}"], [{}]), "row 0: refs holds no JSON with fields"),

@@ -15,7 +15,7 @@ not fail the bench: the figures were set for processors that multiply bf16 sever
 import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
-ROWS = {"e2e": 80, "desk": 80, "long": 28}
+ROWS = {"e2e": 64, "desk": 56, "long": 21}
 MOST = {"e2e": 1024, "desk": 1024, "long": 4800}   # tokens a step: about eight rows, which is Trainer's default, or more
 WAYS = ("float32", "bf16 autocast", "bf16 weights")
 NEED = {"best": 2.5, "default": 5., "generation": 2., "overhead": .03, "loss": .02}
@@ -245,15 +245,15 @@ def main():
               f"{r['share']:.0%} of it. What would raise it: fewer passes over memory between the products (compiling), "
               "larger batches\n", flush=True)
     if "generation" in a.only:
-        got = [apart("generate", 32) for _ in range(a.rounds)]
+        got = [apart("generate", 24) for _ in range(a.rounds)]
         med = {k: statistics.median(g[k] for g in got) for k in got[0]}
         out["generation"] = dict(med, ratio=statistics.median(g["default"]/g["ftcourse"] for g in got),
                                  ratio_batched=statistics.median(g["batched"]/g["ftcourse"] for g in got))
-        print(f"generation, 32 requests, float32: {out['generation']['ratio']:.2f} times `generate` one by one, "
+        print(f"generation, 24 requests, float32: {out['generation']['ratio']:.2f} times `generate` one by one, "
               f"{out['generation']['ratio_batched']:.2f} times `generate` in one padded batch; "
               f"{med['same_default']:.0%} and {med['same_batched']:.0%} of the answers are the same\n", flush=True)
     if "overhead" in a.only:
-        out["overhead"] = apart("overhead", 160, a.rounds)
+        out["overhead"] = apart("overhead", 100, a.rounds)
         by = ", ".join(f"{x:+.1%}" for x in out["overhead"])
         print(f"fit over the bare loop: {statistics.median(out['overhead']):+.1%}, by round {by}\n")
     a.out.parent.mkdir(exist_ok=True)
