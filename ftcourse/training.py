@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from .formats import batches, collate, encode_all
 from .runtime import Meter, precision as native_precision, progress, write_atomic
-from .speed import (pick_loss, pieces, plain_attention, quick, supervised_loss,
+from .speed import (fused_pieces, pick_loss, pieces, plain_attention, quick, supervised_loss,
                             tree_loss)
 
 # %% ../nbs/10_training.ipynb #e3c2aeb8
@@ -357,7 +357,7 @@ class Options:
     optimizer:object = "adamw"   # or "adamw8bit", or a function of parameter groups
     packing:bool = False         # several rows in one sequence, without padding
     checkpointing:bool = False   # compute activations twice: less memory, more time
-    compile:bool = False         # compile the layers: pays on long runs
+    compile:bool = False         # compile pieces or layers: pays on long runs
     metric:object = None         # function of the model → number, higher is better; at each look
     patience:int|None = None     # looks without a better one before the run stops
     best:bool|None = None        # end with the best weights; None: if there is metric or patience
@@ -930,7 +930,7 @@ def ready(self:Run):
     longest = max(len(e["input_ids"]) for e in self.encoded + (self.held or []))
     few = sorted(self.encoded, key=lambda e: len(e["input_ids"]))[:2]
     if o.packing: longest = max(longest, self.conf.max_tokens)
-    way = _plainly if o.packing or o.compile else quick
+    way = _plainly if o.packing else quick
     with contextlib.ExitStack() as on:
         on.callback(self.rest)
         on.enter_context(checkpointed(model, o.checkpointing))
@@ -940,7 +940,7 @@ def ready(self:Run):
         self.once = loss_fn is tree_loss
         self.loss_fn = with_positions(in_precision(loss_fn, self.dev, self.cast))
         if o.packing and len(few) > 1: check_packing(model, few, self.loss_fn)
-        on.enter_context(compiled(model, o.compile))
+        if o.compile: on.enter_context(fused_pieces(model) if self.once else compiled(model))
         model.train()
         yield
 

@@ -6,21 +6,23 @@
 
 Training is like for like: the same model, rows, batches in the same order, A and B at the start, optimizer, schedule, clipping
 and seed, each measured in a process of its own, in turn. Theirs runs in three ways, and the best of them counts. A speed is that of
-all tokens but the first step's, in which both sides warm up.
+all tokens but the first step's, in which both sides warm up; ours compiles its small pieces there, if there is a C++ compiler, and the
+seconds of that step are printed.
 
 Beside each ratio stands what the machine allows: its fastest matrix product, in float32 or bf16, and the tokens/s of a step that does
 nothing but the products it needs, at that rate. A ratio that asks for more than `REACH` of it is reported as out of reach here, and does
 not fail the bench: the figures were set for processors that multiply bf16 several times as fast as float32, and not all do.
 """
-import argparse, json, math, os, statistics, subprocess, sys, tempfile, time
+import argparse, json, math, os, shutil, statistics, subprocess, sys, tempfile, time
 from pathlib import Path
 
 ROWS = {"e2e": 64, "desk": 56, "long": 21}
 MOST = {"e2e": 1024, "desk": 1024, "long": 4800}   # tokens a step: about eight rows, which is Trainer's default, or more
 WAYS = ("float32", "bf16 autocast", "bf16 weights")
-NEED = {"best": 2.5, "default": 5., "generation": 2., "overhead": .03, "loss": .02}
+NEED = {"best": 2.5, "default": 5., "generation": 2., "overhead": .03, "loss": .02, "straight": .25}
 REACH = .7   # of the matmul peak; the products alone run at 80 to 95% of it
 LR = 2e-3
+COMPILE = bool(shutil.which("g++") or shutil.which("clang++"))
 
 if "FTCOURSE_DATA" not in os.environ and (data := Path(__file__).resolve().parents[3]/"shared"/"data").is_dir():
     os.environ["FTCOURSE_DATA"] = str(data)
@@ -55,12 +57,12 @@ def train(name, way, n, most):
     seed_everything(0)
     model, tok = models.load(dtype=dtype)
     lora.add_lora(model, r=8, alpha=16)
-    data, marks, tokens = rows(name, n), [], []
+    data, marks, start = rows(name, n), [], time.perf_counter()
     encoded = formats.encode_all(data, tok)
     work = training.windows(encoded, 1, most, 1, 0)
     tokens = [sum(len(encoded[i]["input_ids"]) for b in w for i in b) for w in work]
     if way == "ftcourse":
-        h = training.fit(model, tok, data, lr=LR, max_tokens=most, max_length=2048, looks=0, live=False,
+        h = training.fit(model, tok, data, lr=LR, max_tokens=most, max_length=2048, looks=0, live=False, compile=COMPILE,
                          logs=lambda step, values: marks.append(time.perf_counter()))
         peak, losses = h.peak_bytes, [s["loss"] for s in h.steps]
     else:
@@ -75,7 +77,7 @@ def train(name, way, n, most):
         trainer.take_back(twin, model)
     assert len(marks) == len(work), (len(marks), len(work))
     held = formats.encode_all(rows(name, 24 if name != "long" else 4, "valid" if name == "desk" else "test"), tok)
-    return dict(speed=sum(tokens[1:])/(marks[-1]-marks[0]), peak=peak, steps=len(work), first=losses[0],
+    return dict(speed=sum(tokens[1:])/(marks[-1]-marks[0]), peak=peak, steps=len(work), first=losses[0], start=marks[0]-start,
                 held=training.validate(model, held, tok.pad_token_id, speed.supervised_loss))
 
 
@@ -162,6 +164,39 @@ def overhead(n, rounds):
     return [whole()/bare()-1 for _ in range(rounds)]
 
 
+def growth(rounds):
+    "Seconds and bytes of a step with ever more rows: (rows, distinct tokens, seconds, bytes), from 1 to 32 times"
+    import ctypes, gc
+    from ftcourse import formats, lora, models, speed
+    from ftcourse.runtime import Meter, seed_everything
+    seed_everything(0)
+    model, tok = models.load()
+    lora.add_lora(model).train()
+    encoded, out = formats.encode_all(rows("e2e", 64), tok), []
+    with speed.quick(model, formats.collate(encoded[:2], tok.pad_token_id), 512) as loss_fn:
+        for k in (2, 4, 8, 16, 32, 64):
+            batch, took, peaks = formats.collate(encoded[:k], tok.pad_token_id), [], []
+            for _ in range(rounds + 1):   # the first warms up
+                gc.collect()
+                ctypes.CDLL(None).malloc_trim(0)
+                with Meter() as m:
+                    idle = m.peak_bytes
+                    loss_fn(model, batch)[0].backward()
+                model.zero_grad(set_to_none=True)
+                took.append(m.seconds)
+                peaks.append(m.peak_bytes-idle)
+            out.append((k, len(speed._write([e["input_ids"][:-1] for e in encoded[:k]])[0]), statistics.median(took[1:]), max(peaks[1:])))
+    return out
+
+
+def bend(points, at):
+    "Largest relative distance of `points[at]` from a straight line in the tokens, drawn by least squares of relative errors; from 4 times on"
+    import numpy as np
+    x, y = (np.array([p[i] for p in points[2:]], float) for i in (1, at))
+    line = np.linalg.lstsq(np.stack([1/y, x/y], 1), np.ones(len(x)), rcond=None)[0]
+    return float(np.abs((line[0] + line[1]*x)/y - 1).max())
+
+
 def apart(*args):
     "One measurement in a process of its own"
     p = subprocess.run([sys.executable, __file__, "--one", *map(str, args)], capture_output=True, text=True,
@@ -183,7 +218,7 @@ def compare(name, rounds):
     peak = {w: max(g["peak"] for g in got) for w, got in found.items()}
     held = {w: got[0]["held"] for w, got in found.items()}
     machine = apart("allowed", name, ROWS[name], MOST[name])
-    return dict(**machine, share=median["ftcourse"]/machine["ceiling"], rows=ROWS[name], steps=found["ftcourse"][0]["steps"], tokens_per_s=median, best_of_theirs=best, peak_bytes=peak,
+    return dict(**machine, start=statistics.median(g["start"] for g in found["ftcourse"]), share=median["ftcourse"]/machine["ceiling"], rows=ROWS[name], steps=found["ftcourse"][0]["steps"], tokens_per_s=median, best_of_theirs=best, peak_bytes=peak,
                 held_out=held, best=statistics.median(ratio(best)), best_by_round=ratio(best),
                 default=statistics.median(ratio("float32")), default_by_round=ratio("float32"),
                 loss_off=max(abs(held["ftcourse"]/held[w]-1) for w in WAYS))
@@ -213,6 +248,9 @@ def failures(out):
     if g := out.get("generation"):
         if g["ratio"] < NEED["generation"]: yield f"generation: {g['ratio']:.2f} times the default, below {NEED['generation']}"
         if g["same_default"] < 1: yield f"generation: {g['same_default']:.0%} of the answers are the same"
+    if g := out.get("growth"):
+        for what in ("seconds", "bytes"):
+            if g[what] > NEED["straight"]: yield f"{what} of a step bend away from a straight line by {g[what]:.0%}"
     if o := out.get("overhead"):
         if statistics.median(o) > NEED["overhead"]: yield f"fit costs {statistics.median(o):.1%} over the bare loop"
 
@@ -220,14 +258,16 @@ def failures(out):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--rounds", type=int, default=3)
-    p.add_argument("--only", nargs="*", choices=(*ROWS, "generation", "overhead"), default=[*ROWS, "generation", "overhead"])
+    p.add_argument("--only", nargs="*", choices=(*ROWS, "generation", "growth", "overhead"),
+                   default=[*ROWS, "generation", "growth", "overhead"])
     p.add_argument("--out", type=Path, default=Path("runs/bench.json"))
     p.add_argument("--one", nargs="*", help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.one:
         what, *rest = a.one
         out = (train(rest[0], rest[1], *map(int, rest[2:])) if what == "train" else allowed(rest[0], *map(int, rest[1:]))
-               if what == "allowed" else generate(int(rest[0])) if what == "generate" else overhead(*map(int, rest)))
+               if what == "allowed" else generate(int(rest[0])) if what == "generate" else growth(int(rest[0])) if what == "growth"
+               else overhead(*map(int, rest)))
         return print(json.dumps(out))
     out = dict(training={})
     for name in ROWS:
@@ -241,6 +281,7 @@ def main():
               f"{by}), {r['default']:.2f} times their default; peak "
               f"{r['peak_bytes']['ftcourse']/1e9:.2f} GB against {theirs}", flush=True)
         said = ", ".join(f"{k} {v/1e12:.2f} TFLOP/s" for k, v in r["peak"].items())
+        print(f"{name}: our first step, the compiler's work included, ends {r['start']:.0f} s after loading", flush=True)
         print(f"{name}: matmul peak {said}; needed products alone, at that rate, {r['ceiling']:.0f} tokens/s; training reaches "
               f"{r['share']:.0%} of it. What would raise it: fewer passes over memory between the products (compiling), "
               "larger batches\n", flush=True)
@@ -252,6 +293,11 @@ def main():
         print(f"generation, 24 requests, float32: {out['generation']['ratio']:.2f} times `generate` one by one, "
               f"{out['generation']['ratio_batched']:.2f} times `generate` in one padded batch; "
               f"{med['same_default']:.0%} and {med['same_batched']:.0%} of the answers are the same\n", flush=True)
+    if "growth" in a.only:
+        g = apart("growth", a.rounds)
+        for k, n, t, b in g: print(f"a step over {k:2} rows: {n:5} distinct tokens, {t:.2f} s, {b/1e9:.2f} GB on top")
+        out["growth"] = dict(points=g, seconds=bend(g, 2), bytes=bend(g, 3))
+        print(f"off a straight line by at most {out['growth']['seconds']:.0%} (seconds) and {out['growth']['bytes']:.0%} (bytes), from 4 times on\n", flush=True)
     if "overhead" in a.only:
         out["overhead"] = apart("overhead", 100, a.rounds)
         by = ", ".join(f"{x:+.1%}" for x in out["overhead"])
