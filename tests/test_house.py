@@ -124,6 +124,32 @@ def test_outputs_are_saved_and_free_of_errors(path):
     assert not bad, bad[:1]
 
 
+SILENT = re.compile(r"^#\|\s*(export|hide|cuda|slow|eval:\s*false)", re.M)
+
+def speaks(source):
+    "Must this cell show something when it runs: does it print outside functions and branches, or end in a bare f-string?"
+    def prints(nodes):
+        for n in nodes:
+            if isinstance(n, ast.Expr) and isinstance(n.value, ast.Call) and getattr(n.value.func, "id", "") == "print": return True
+            if isinstance(n, (ast.For, ast.With)) and prints(n.body): return True
+        return False
+    try: body = ast.parse(source).body
+    except SyntaxError: return False   # `!` and `%`
+    return bool(body) and (prints(body) or isinstance(body[-1], ast.Expr) and isinstance(body[-1].value, ast.JoinedStr) and not source.rstrip().endswith(";"))
+
+
+def test_the_look_for_silent_cells_sees_them():
+    assert all(map(speaks, ["print(1)", "for i in x:\n  print(i)", "x = 1\nf'{x}'", "(f'{a}'\n 'b')"]))
+    assert not any(map(speaks, ["", "x = 1", "def f(): print(1)", "if a: print(1)", "'plain'", "f'{x}';", "# print(1)"]))
+
+
+@each_lesson
+def test_what_a_cell_says_is_saved(path):
+    "An output that is missing means that the page was changed after it was run"
+    mute = [c["id"] for c in cells(path, "code") if not c["outputs"] and not SILENT.search(c["source"]) and speaks(c["source"])]
+    assert not mute, f"cells without their output: {mute}; run python tools/lessons.py {path.relative_to(ROOT)}"
+
+
 @each_lesson
 def test_size(path): assert path.stat().st_size <= 500_000, f"{path.stat().st_size/1e3:.0f} kB"
 
