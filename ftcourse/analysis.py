@@ -446,7 +446,7 @@ class Judged:
     "What a judge made of pairs of answers, asked in both orders"
     first:Score      # how often it took the answer that stood first; 50 is fair
     consistent:Score # how often both orders name the same winner; 100 is fair
-    prefers_a:Score  # how often `a` wins, both orders weighed together
+    prefers_a:Score  # how often `a` wins, both orders weighed together; a tie is no win
 
 def judge_pairs(prefer, questions, a, b, seed=0) -> Judged: # as in `both_orders`
     "Measure a judge on pairs. ValueError if the lists don't match"
