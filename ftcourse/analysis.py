@@ -446,7 +446,7 @@ class Judged:
     "What a judge made of pairs of answers, asked in both orders"
     first:Score      # how often it took the answer that stood first; 50 is fair
     consistent:Score # how often both orders name the same winner; 100 is fair
-    prefers_a:Score  # how often `a` wins, both orders weighed together
+    prefers_a:Score  # how often `a` wins, both orders weighed together; a tie is no win
 
 def judge_pairs(prefer, questions, a, b, seed=0) -> Judged: # as in `both_orders`
     "Measure a judge on pairs. ValueError if the lists don't match"
@@ -455,6 +455,10 @@ def judge_pairs(prefer, questions, a, b, seed=0) -> Judged: # as in `both_orders
     there, back = both_orders(prefer, questions, a, b)
     if not all(((0 <= p) & (p <= 1)).all() for p in (there, back)): raise ValueError("the judge "
         "gives probabilities from 0 to 1, and some of these are not (nan?): look at its replies")
-    def share(hits): return bootstrap(accuracy([True]*len(hits), list(map(bool, hits))), seed=seed)
-    took_first = np.concatenate([there > .5, back < .5])
-    return Judged(share(took_first), share((there > .5) == (back > .5)), share(there + back > 1))
+    def share(*hits):   # a row is a question, however often it was asked
+        stats = np.column_stack([np.sum(hits, 0), np.full(len(questions), len(hits))])
+        s = replace(accuracy([1], [1]), stats=stats)
+        low, high = _interval(s, 1000, .95, seed)
+        return replace(s, low=low, high=high)
+    return Judged(share(there > .5, back < .5), share((there > .5) == (back > .5)),
+                  share(there + back > 1))

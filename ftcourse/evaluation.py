@@ -86,12 +86,14 @@ class Difference:
         if (self.p_holm or 0) > 1 - self.level: return "no difference shown"
         return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference shown"
     def __str__(self):
+        value, low, high = map(_signed, (self.value, self.low, self.high))
         return (f"{self.metric}: {self.a} {self.a_value:.1f}, {self.b} {self.b_value:.1f}, "
-                f"difference {self.value:+.1f} [{self.low:+.1f}, {self.high:+.1f}], "
-                f"p {_p_said(self)}: {self.verdict}")
+                f"difference {value} [{low}, {high}], p {_p_said(self)}: {self.verdict}")
     __repr__ = __str__
 
 # %% ../nbs/08_evaluation.ipynb #ee80be42
+def _signed(x): return f"{x:+.1f}" if abs(x) >= .05 else "0.0"   # no -0.0
+
 def _p_text(p): return "< 0.01" if p < .01 else f"= {p:.2f}" if p >= .1 else f"= {p:.3f}"
 
 def _p_said(d):
@@ -365,8 +367,8 @@ def _rows_of(self:Scoreboard, metric):
 def _table(self:Scoreboard):
     heads = ("", "system", "score", f"{self.level:.0%} interval", "0 to 100", "")
     head = Thead(Tr(*(Th(h, style=_LEFT, cls="bar" if h == "0 to 100" else None) for h in heads)))
-    note = ("More is better. ★: better than every other system, paired interval above zero. "
-            "No star: no winner shown.")
+    note = ("More is better. ★: better than every other system, paired interval above zero and p, "
+            f"corrected over the metrics, at most {1 - self.level:.2g}. No star: no winner shown.")
     body = Tbody(*(row for m in self.metrics for row in self._rows_of(m)))
     made = [_made_table(self)] if self.made else []
     return Div(Table(head, body, cls="board"), P(Small(note)), *made)
@@ -399,8 +401,8 @@ class Versus(list):
 
 # %% ../nbs/08_evaluation.ipynb #a23191c1
 def _difference_row(d):
-    cells = (metric_name(d.metric), f"{d.a} − {d.b}", B(f"{d.value:+.1f}"),
-             f"[{d.low:+.1f}, {d.high:+.1f}]", d.verdict)
+    cells = (metric_name(d.metric), f"{d.a} − {d.b}", B(_signed(d.value)),
+             f"[{_signed(d.low)}, {_signed(d.high)}]", d.verdict)
     return Tr(*(Td(c, style=_LEFT) for c in cells), Td(f"p {_p_said(d)}", cls="bar"))
 
 # %% ../nbs/08_evaluation.ipynb #b5eb63bb
@@ -432,7 +434,7 @@ def versus(
 
 # %% ../nbs/08_evaluation.ipynb #39279ce3
 def _said(d): return (f"{metric_name(d.metric)} {d.a_value:.1f} against {d.b_value:.1f} ({d.b}), "
-                      f"{d.value:+.1f} [{d.low:+.1f}, {d.high:+.1f}]")
+                      f"{_signed(d.value)} [{_signed(d.low)}, {_signed(d.high)}]")
 
 # %% ../nbs/08_evaluation.ipynb #0b90a0be
 @patch
@@ -620,7 +622,8 @@ figure { margin:0 0 1rem } img { max-width:100%; background:#fff; border-radius:
 _HOW = """Every score runs from 0 to 100, and more is better. The interval says how far a score
 would move on another test set of this size: it comes from scoring {n:,} test sets drawn from these
 rows with replacement. A difference is paired: both systems are scored on the same drawn rows. If
-its interval covers zero, the verdict is “no difference shown”, which is not “equal”: more rows
+its interval covers zero, or its p-value, corrected for the number of measures, exceeds {p},
+the verdict is “no difference shown”, which is not “equal”: more rows
 might show one. Intervals know only the luck of the rows. They know nothing of rows that resemble
 each other, of another training seed, or of customers who write differently from this test set.
 
@@ -654,7 +657,8 @@ def report_html(
         Section(H2("Scoreboard"), Div(board._table(), cls="wide")), _differences(board, system),
         Div(Section(H2("Pictures"), pictures) if figures else "",
             _facts("What it cost", _cost(_jsonable(train))), cls="two"),
-        Section(H2("How to read it"), *map(P, _HOW.format(n=board.resamples).split("\n\n"))),
+        Section(H2("How to read it"), *map(P, _HOW.format(
+                n=board.resamples, p=f"{1 - board.level:.2g}").split("\n\n"))),
         Section(H2("Answers side by side"), P(f"Rows drawn at random (seed {board.seed}), not "
                 "picked.", cls="quiet"), *(card(board, i) for i in rows)),
         Div(_facts("Settings", {k: _plain(v) for k, v in _jsonable(settings).items()}),

@@ -235,7 +235,7 @@ class Agreement:
     def __getitem__(self, name): return self.scores[name]
     def __repr__(self):
         t = self.table
-        head = f"{len(t.raters)} raters, {len(t.items)} items, {(t.codes >= 0).sum():,} ratings"
+        head = f"{len(t.raters)} raters, {len(t.items):,} items, {(t.codes >= 0).sum():,} ratings"
         lines = [f"{n:<16} {s.value:6.3f}  [{s.low:.3f}, {s.high:.3f}]"
                  for n, s in self.scores.items()]
         gaps = [f"{n:<16}      –  {why}" for n, why in self.left_out.items()]
@@ -282,16 +282,17 @@ def _sums(stats, at):
 
 # %% ../nbs/08b_rating.ipynb #1df85cad
 @patch
-def pairs(self:Agreement, kind="none", least=2) -> list: # dicts, the worst first
-    "For each two raters who share at least `least` items: share equal, and kappa (nan: undefined)"
+def pairs(self:Agreement, kind="none", least=2, **boot) -> list: # dicts, the worst first
+    "For each two raters with `least` shared items: share equal, kappa (nan: undefined), interval"
     t, found = self.table, []
     for i, j in combinations(range(len(t.raters)), 2):
         x, y = t.codes[i], t.codes[j]
-        n = ((x >= 0) & (y >= 0)).sum()
-        if n < least: continue
-        same = ((x == y) & (x >= 0)).sum()
-        found.append(dict(a=t.raters[i], b=t.raters[j], items=int(n), equal=same/n,
-                          kappa=_kappa(x, y, t.labels, kind).value))
+        both = (x >= 0) & (y >= 0)
+        if both.sum() < least: continue
+        x, y = x[both], y[both]
+        s = _interval(_kappa(x, y, t.labels, kind), **boot)
+        found.append(dict(a=t.raters[i], b=t.raters[j], items=len(x), equal=float((x == y).mean()),
+                          kappa=s.value, low=s.low, high=s.high))
     return sorted(found, key=lambda p: (np.isnan(p["kappa"]), p["kappa"]))
 
 # %% ../nbs/08b_rating.ipynb #19fc1b7d
@@ -312,11 +313,14 @@ def plot(self:Agreement, ax=None):
     import matplotlib.pyplot as plt
     names = self.table.raters
     grid = np.full((len(names),)*2, np.nan)
-    for p in self.pairs():
+    for p in self.pairs(resamples=1):   # no intervals here
         i, j = names.index(p["a"]), names.index(p["b"])
         grid[i, j] = grid[j, i] = p["kappa"]
     if ax is None: ax = plt.subplots(figsize=(1.6 + .5*len(names), 1.1 + .45*len(names)), dpi=90)[1]
     im = ax.imshow(grid, cmap="cividis", vmin=min(0, np.nanmin(grid)), vmax=1)
+    for (i, j), k in np.ndenumerate(grid):
+        if np.isfinite(k) and len(names) <= 12: ax.text(j, i, f"{k:.2f}", ha="center", va="center",
+                                                color="white" if k < .6 else "black", fontsize=8)
     ax.set_xticks(range(len(names)), names), ax.set_yticks(range(len(names)), names)
     ax.set(xlabel="rater", ylabel="rater", title="kappa of each two raters")
     ax.figure.colorbar(im, ax=ax)
