@@ -127,7 +127,7 @@ def quantize_blockwise(
         absmax = quantize_blockwise(absmax - mean, "dynamic8", 256)
     return Quantized(codes, absmax, mean, quant_type, blocksize, tuple(x.shape))
 
-# %% ../nbs/12_quant.ipynb #4135fc61
+# %% ../nbs/12_quant.ipynb #ccfd3c4b
 def dequantize_blockwise(
     q:Quantized,
     dtype:torch.dtype=torch.float32,
@@ -136,8 +136,9 @@ def dequantize_blockwise(
     n = torch.Size(q.shape).numel()
     absmax = q.absmax
     if isinstance(absmax, Quantized): absmax = dequantize_blockwise(absmax) + q.mean
-    x = F.pad(decode(q.codes, q.quant_type, n), (0, -n % q.blocksize)).view(-1, q.blocksize)
-    return (x * absmax[:, None]).flatten()[:n].view(q.shape).to(dtype)
+    x = decode(q.codes, q.quant_type, n)
+    if n % q.blocksize: x = F.pad(x, (0, -n % q.blocksize))             # the last block is short
+    return x.view(-1, q.blocksize).mul_(absmax[:, None]).flatten()[:n].view(q.shape).to(dtype)
 
 # %% ../nbs/12_quant.ipynb #25248107
 class QuantMatMul(torch.autograd.Function):
