@@ -218,14 +218,18 @@ def merged_weight(layer:LoRALinear)->torch.Tensor:  # (out, in), in the layer's 
     "`W + alpha/r * B A`, added in float32 or better and rounded once"
     W = layer.kept[0] if layer.merged else layer.base.weight
     if not W.is_floating_point(): raise ValueError(
-        f"can't merge into {W.dtype} weights: rounding them again would take the update away")
+        f"can't merge into {W.dtype} weights: rounding them again would take the update away. "
+        "Call quant.dequantize(model) first, then merge")
     wide = layer.lora_A.dtype
     return (W.to(wide) + layer.scaling * layer.lora_B @ layer.lora_A).to(W.dtype)
 
 # %% ../nbs/09_lora.ipynb #5d78af5a
 def merge(model:nn.Module)->nn.Module:
     "Fold each update into its weight and keep the old weight for `unmerge`; again does nothing"
-    for layer in lora_layers(model).values():
+    layers = lora_layers(model).values()
+    for layer in layers:
+        if not layer.base.weight.is_floating_point(): merged_weight(layer)   # raises
+    for layer in layers:
         if layer.merged: continue
         new = nn.Parameter(merged_weight(layer), requires_grad=False)
         layer.kept, layer.base.weight = [layer.base.weight], new
@@ -246,7 +250,8 @@ def _strip(model):
     for name, layer in lora_layers(model).items():
         model.set_submodule(name, layer.base)
     del model.lora_config
-    return model.requires_grad_(True)
+    for p in model.parameters(): p.requires_grad_(p.is_floating_point())   # codes have no gradient
+    return model
 
 def unload(model:nn.Module)->nn.Module:
     "Take the adapters off: the base model, as it was"

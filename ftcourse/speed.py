@@ -537,6 +537,7 @@ def _is_gated(m):
     "Whether `m` is an MLP that computes `_gated`; tried on two random rows"
     if not all(hasattr(m, n) for n in ("gate_proj", "up_proj", "down_proj")): return False
     W = m.gate_proj.weight
+    if not W.is_floating_point(): return False          # quantised
     x = torch.randn(2, W.shape[-1], dtype=W.dtype, device=W.device,
                     generator=torch.Generator(W.device).manual_seed(0))
     with torch.no_grad():
