@@ -529,7 +529,7 @@ def test_peak_memory_of_a_step():
     peak(model)
     extra4, idle4 = peak(model)
     assert idle - idle4 > .7*12*4*2**20, (idle, idle4)      # most of the 43.5 MB
-    assert extra4 < extra + 6*4*2**20, (extra, extra4)      # never twelve float weights at once
+    assert extra4 < extra + 9*4*2**20, (extra, extra4)      # a few, and never twelve, float weights at once
 
 
 @pytest.mark.cuda
