@@ -810,6 +810,28 @@ def test_cuda_fused_adamw_checkpointing_packing_and_full(rows, tok):
 
 
 @pytest.mark.cuda
+def test_cuda_checkpointing_lowers_memory(rows, tok):
+    few, many = (fit(gpu(), tok, rows, max_tokens=2000, checkpointing=c).peak_bytes for c in (True, False))
+    assert few < many
+
+
+@pytest.mark.cuda
+def test_cuda_a_frozen_half_model_keeps_its_lora_in_float32(rows, tok):
+    "A T4's way: frozen weights in fp16 and no bf16; the trained A and B stay in float32 and finite"
+    model = gpu(torch.float16)
+    h = fit(model, tok, rows, rows.select(range(4)), max_tokens=300)
+    assert {p.dtype for p in lora.lora_parameters(model)} == {torch.float32}
+    assert all(p.isfinite().all() for p in lora.lora_parameters(model)) and h.valid[-1]["loss"] < h.valid[0]["loss"]
+
+
+@pytest.mark.cuda
+def test_cuda_adamw_in_8_bits(rows, tok):
+    pytest.importorskip("bitsandbytes")
+    ref, h = (fit(gpu(), tok, rows, rows.select(range(4)), max_tokens=300, optimizer=o) for o in ("adamw", "adamw8bit"))
+    assert h.valid[-1]["loss"] == pytest.approx(ref.valid[-1]["loss"], rel=2e-2)
+
+
+@pytest.mark.cuda
 def test_cuda_compile(rows, tok):
     a, b = (fit(gpu(), tok, rows, max_tokens=300, compile=c) for c in (True, False))
     for x, y in zip(a.steps, b.steps): assert x["loss"] == pytest.approx(y["loss"], rel=1e-3)
