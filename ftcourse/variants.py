@@ -226,7 +226,7 @@ def _made(kind, layer, r, alpha, dropout, pair):
     new.scaling = scale_of(kind, r, alpha)
     return new
 
-# %% ../nbs/09c_variants.ipynb #2513359b
+# %% ../nbs/09c_variants.ipynb #f2bf1d16
 def _sides(m): return (m.nf, m.nx) if isinstance(m, Conv1D) else m.weight.shape
 
 def _check_fit(found, kind, r):
@@ -242,6 +242,7 @@ def _check_fit(found, kind, r):
         if kind == "pissa" and not m.weight.isfinite().all(): raise ValueError(
             f"{n} holds a nan or an infinity: it has no singular values")
 
+# %% ../nbs/09c_variants.ipynb #66d7df5c
 def adapt(
     model, # changed in place, or not at all
     kind:str="lora", # lora, rslora, dora, pissa or vera
@@ -363,7 +364,22 @@ def _fill(model, tensors):
     with torch.no_grad():
         for k, t in given.items(): places[k].copy_(t)
 
-# %% ../nbs/09c_variants.ipynb #1e75b0e6
+# %% ../nbs/09c_variants.ipynb #40aa073e
+def _also(model, cfg, tensors):
+    "Of the layers that the configuration names, those that the file or the model knows: peft's are guesses"
+    known = [k.removeprefix("base_model.model.").rpartition(".")[0] for k in tensors] + \
+        [n for n, _ in model.named_modules()]
+    return [n for n in cfg.get("modules_to_save") or () if any(f".{k}".endswith(f".{n}") for k in known)]
+
+def _share(model, tensors):
+    "VeRA's pair as the file has it, since a generator may change from version to version"
+    A, B = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
+    for n, m in lora_layers(model).items():
+        if A.shape[0] != len(m.vera_lambda_d) or A.shape[1] < m.in_features or len(B) < m.out_features:
+            raise ValueError(f"the file's shared pair is too small for {n}")
+        m.shared = A.to(m.vera_lambda_d), B.to(m.vera_lambda_b)
+
+# %% ../nbs/09c_variants.ipynb #fef00682
 def load_variant(
     model, # without an adapter; changed in place, or not at all
     folder, # as `save_variant` or peft writes it
@@ -382,20 +398,6 @@ def load_variant(
     except ValueError: unload(model); raise
     model.lora_config.base = cfg.get("base_model_name_or_path") or ""
     return model
-
-def _also(model, cfg, tensors):
-    "Of the layers that the configuration names, those that the file or the model knows: peft's are guesses"
-    known = [k.removeprefix("base_model.model.").rpartition(".")[0] for k in tensors] + \
-        [n for n, _ in model.named_modules()]
-    return [n for n in cfg.get("modules_to_save") or () if any(f".{k}".endswith(f".{n}") for k in known)]
-
-def _share(model, tensors):
-    "VeRA's pair as the file has it, since a generator may change from version to version"
-    A, B = tensors["base_model.vera_A"], tensors["base_model.vera_B"]
-    for n, m in lora_layers(model).items():
-        if A.shape[0] != len(m.vera_lambda_d) or A.shape[1] < m.in_features or len(B) < m.out_features:
-            raise ValueError(f"the file's shared pair is too small for {n}")
-        m.shared = A.to(m.vera_lambda_d), B.to(m.vera_lambda_b)
 
 # %% ../nbs/09c_variants.ipynb #e57ac8e2
 @dataclass
