@@ -222,7 +222,7 @@ def _bnb_linear(layer, quant_type, blocksize, double_quant):
 def _torch_linear(layer, *how):
     return QuantLinear(quantize_blockwise(layer.weight, *how), layer.bias, layer.weight.dtype)
 
-# %% ../nbs/12_quant.ipynb #8667842d
+# %% ../nbs/12_quant.ipynb #79917b61
 def _check_layer(name, layer, owners):
     "Raise ValueError, naming the layer, where it can't be quantised"
     W = layer.weight
@@ -232,8 +232,8 @@ def _check_layer(name, layer, owners):
     elif W.device.type == "meta": why = "has no weights yet (meta device): load them first"
     elif not W.isfinite().all(): why = (f"holds {int((~W.isfinite()).sum())} weights that are nan "
         "or infinite, which no code stands for: load the model again")
-    elif owners[id(W)] > 1: why = ("shares its weight with another module (tied to the embedding?): "
-        "it would be stored twice. Leave it out of target")
+    elif owners[id(W)] > 1: why = ("shares its weight with another module (tied to the "
+        "embedding?): it would be stored twice. Leave it out of target")
     else: return
     raise ValueError(f"{name} {why}. The model is unchanged")
 
