@@ -179,7 +179,8 @@ def lora_layers(model:nn.Module)->dict:  # full name -> `LoRALinear`
 
 def lora_parameters(model:nn.Module)->list:  # what the optimizer should get: every A and B
     "The adapters' weights. Raises ValueError if a cast took them below float32"
-    found = [p for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)]
+    found = [p for m in lora_layers(model).values() for n, p in m.named_parameters()
+             if not n.startswith("base.")]   # every A and B, and what a variant has besides
     for p in found:
         if torch.finfo(p.dtype).bits < 32: raise ValueError(
             f"LoRA weights in {p.dtype}: small steps round to nothing. Cast first, then add_lora")
@@ -286,7 +287,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def adapter_tensors(model:nn.Module)->dict:  # peft's key -> tensor on the CPU
     "Every A and B under the name that peft gives it. Raises ValueError while merged"
-    layers = lora_layers(model)
+    layers, kind = lora_layers(model), getattr(model.lora_config, "kind", "lora")
+    if kind != "lora" or any(type(m) is not LoRALinear for m in layers.values()): raise ValueError(
+        f"this adapter ({kind}) is more than plain LoRA: save it by variants.save_variant")
     if any(m.merged for m in layers.values()): raise ValueError(
         "this model is merged: an adapter saved now would be added a second time. Call "
         "unmerge(model) to save it, or merge_and_unload(model) to have a plain model to save")
