@@ -40,14 +40,15 @@ def scale_of(
     "What the update is multiplied by: alpha/r, or alpha/√r for `rslora` (Kalajdzievski 2023)"
     return alpha / math.sqrt(r) if kind == "rslora" else alpha / r
 
-# %% ../nbs/09c_variants.ipynb #9a108735
+# %% ../nbs/09c_variants.ipynb #f7d7a170
 def loraplus(
     model, # with LoRA
     ratio:float=16, # the learning rate of what starts at zero, in units of the rest's
 ): # for `fit`'s `optimizer`: a function of parameter groups
     "AdamW in which B learns `ratio` times as fast as A (LoRA+, Hayou et al. 2024)"
     if ratio <= 0: raise ValueError(f"ratio = {ratio}: B's learning rate is lr*ratio, above 0")
-    fast = {id(getattr(m, getattr(m, "starts_at_zero", "lora_B"))) for m in lora_layers(model).values()}
+    fast = {id(getattr(m, getattr(m, "starts_at_zero", "lora_B")))
+            for m in lora_layers(model).values()}
     def make(groups, lr=2e-4):
         new = [{**g, "params": ps, "ratio": k, "lr": lr*k} for g in groups for k, ps in (
             (1, [p for p in g["params"] if id(p) not in fast]),
@@ -57,7 +58,7 @@ def loraplus(
         return torch.optim.AdamW(new, lr=lr)
     return make
 
-# %% ../nbs/09c_variants.ipynb #21289a1a
+# %% ../nbs/09c_variants.ipynb #592a4eff
 class DoRALinear(LoRALinear):
     "`m * (W + s BA) / ‖W + s BA‖` by rows, `m` trained (Liu et al. 2024, eq. 5)"
     def __init__(self, base, r:int=8, alpha:float=16, dropout:float=0.):
@@ -78,7 +79,8 @@ class DoRALinear(LoRALinear):
         with torch.no_grad(): length = self.direction(W.to(wide)).norm(dim=1)
         m = self.lora_magnitude_vector / length.clamp(min=torch.finfo(wide).tiny)
         xd = self.dropout(x)
-        return self.base(x) + (m - 1).to(x.dtype) * F.linear(xd, W) + m.to(x.dtype) * self.update(xd)
+        more, m = (m - 1).to(x.dtype), m.to(x.dtype)
+        return self.base(x) + more * F.linear(xd, W) + m * self.update(xd)
 
 # %% ../nbs/09c_variants.ipynb #754666d7
 class PiSSALinear(LoRALinear):
@@ -102,7 +104,7 @@ def since_start(self:PiSSALinear) -> tuple: # (A, B): (2r, in), (out, 2r)
     A0, B0 = (t.to(self.lora_A) for t in self.start)
     return torch.cat([self.lora_A, A0]).detach(), torch.cat([self.lora_B, -B0], 1).detach()
 
-# %% ../nbs/09c_variants.ipynb #3953c5c9
+# %% ../nbs/09c_variants.ipynb #f1593d97
 class VeRALinear(LoRALinear):
     "`W x + Λ_b B Λ_d A x`: A and B random and shared, two vectors trained (Kopiczko et al. 2024)"
     starts_at_zero = "vera_lambda_b"
@@ -110,7 +112,8 @@ class VeRALinear(LoRALinear):
         nn.Module.__init__(self)
         n_in, n_out = base.in_features, base.out_features
         self.base, self.scaling = base.requires_grad_(False), 1.
-        self.dropout, self.kept, self.shared = nn.Dropout(dropout), [], pair   # one list for all layers
+        self.dropout, self.kept = nn.Dropout(dropout), []
+        self.shared = pair                                    # one list for all layers
         A = pair[0]
         self.vera_lambda_d = nn.Parameter(torch.full((len(A),), d, dtype=A.dtype, device=A.device))
         self.vera_lambda_b = nn.Parameter(torch.zeros(n_out, dtype=A.dtype, device=A.device))
@@ -152,13 +155,14 @@ def as_conv(linear:nn.Linear) -> Conv1D:
     out.weight, out.bias = nn.Parameter(linear.weight.t().contiguous()), linear.bias
     return out
 
-# %% ../nbs/09c_variants.ipynb #1aa1f397
+# %% ../nbs/09c_variants.ipynb #a30cbae7
 class LoRAEmbedding(LoRALinear):
     "`E[x] + s (A[:, x])' B'`: LoRA for a table of vectors; A starts at zero"
     def __init__(self, base:nn.Embedding, r:int=8, alpha:float=16, dropout:float=0.):
         sides = nn.Linear(base.num_embeddings, base.embedding_dim, False, device="meta")
         super().__init__(sides, r, alpha)
-        kind = dict(device=base.weight.device, dtype=torch.promote_types(base.weight.dtype, torch.float32))
+        kind = dict(device=base.weight.device,
+                    dtype=torch.promote_types(base.weight.dtype, torch.float32))
         self.base, self.sides = base.requires_grad_(False), (sides.in_features, sides.out_features)
         self.lora_A = nn.Parameter(torch.zeros(r, base.num_embeddings, **kind))     # (r, V)
         self.lora_B = nn.Parameter(torch.randn(base.embedding_dim, r, **kind))      # (D, r)
@@ -174,11 +178,11 @@ class LoRAEmbedding(LoRALinear):
         up = F.linear(F.embedding(ids, self.lora_A.t()), self.lora_B)
         return y + self.scaling * getattr(self.base, "embed_scale", 1) * up.to(y.dtype)   # Gemma's
 
-# %% ../nbs/09c_variants.ipynb #260bcae2
+# %% ../nbs/09c_variants.ipynb #8ec4a946
 def heads(model) -> list: # full names
     "Linear layers outside the base model, the language model's own output layer apart: new heads"
-    inside, out = getattr(model, "base_model_prefix", ""), getattr(model, "get_output_embeddings", None)
-    known = out and out()
+    inside = getattr(model, "base_model_prefix", "")
+    known = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if not inside or not hasattr(model, inside): return []
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not known
             and not n.startswith(f"{inside}.")]
@@ -191,8 +195,9 @@ def _whole(
     for name in [also] if isinstance(also, str) else also:
         hits = {n: m for n, m in model.named_modules() if f".{n}".endswith(f".{name}")
                 and next(m.parameters(), None) is not None}
-        if not hits: raise ValueError(f"also = {name!r}: no layer of this name. The model's own are: "
-                                      + ", ".join(n for n, _ in model.named_children()))
+        if not hits: raise ValueError(
+            f"also = {name!r}: no layer of this name. The model's own are: "
+            + ", ".join(n for n, _ in model.named_children()))
         found |= hits
     return found
 
@@ -244,7 +249,7 @@ def _made(kind, layer, r, alpha, dropout, pair):
     if conv: new.stripped = functools.partial(_to_conv, new)   # what `unload` puts back
     return new
 
-# %% ../nbs/09c_variants.ipynb #2bc213a5
+# %% ../nbs/09c_variants.ipynb #22d19e6c
 def _sides(m):
     if isinstance(m, Conv1D): return m.nf, m.nx
     return tuple(m.weight.shape) if isinstance(m, nn.Embedding) else (m.out_features, m.in_features)
@@ -252,17 +257,20 @@ def _sides(m):
 def _check_fit(found, kind, r, alpha):
     "Raise ValueError before anything is changed"
     if kind not in KINDS: raise ValueError(f"kind = {kind!r}; there are: {', '.join(KINDS)}")
-    if kind == "pissa" and not alpha > 0: raise ValueError(f"alpha = {alpha}: PiSSA needs one above 0")
+    if kind == "pissa" and not alpha > 0: raise ValueError(
+        f"alpha = {alpha}: PiSSA needs one above 0")
     for n, m in found.items():
         if isinstance(m, nn.Embedding) and kind not in ("lora", "rslora"): raise ValueError(
-            f"{n} is an Embedding, which comes in lora and rslora only, not in {kind}: leave it out of target")
+            f"{n} is an Embedding, which comes in lora and rslora only, not in {kind}: leave it "
+            "out of target")
         if not m.weight.is_floating_point() and kind not in ("lora", "rslora"): raise ValueError(
             f"{n} is quantised, and {kind} needs the weight itself: take lora or rslora")
         most = min(_sides(m)) // (2 if kind == "pissa" else 1)
         if r < 1 or (kind != "vera" and r > most): raise ValueError(
-            f"r = {r}: a rank lies between 1 and the smaller side of the layer (for pissa half of it, since "
-            f"its file has twice the rank); {n} allows {most}")
-        if kind in ("pissa", "dora") and not m.weight.is_meta and not m.weight.isfinite().all(): raise ValueError(
+            f"r = {r}: a rank lies between 1 and the smaller side of the layer (for pissa half of it, "
+            f"since its file has twice the rank); {n} allows {most}")
+        read = kind in ("pissa", "dora") and not m.weight.is_meta
+        if read and not m.weight.isfinite().all(): raise ValueError(
             f"{n} holds a nan or an infinity: repair the weights before you adapt them")
 
 # %% ../nbs/09c_variants.ipynb #2787670b
@@ -279,7 +287,7 @@ def _build(found, kind, r, alpha, dropout, seed):
         raise
     return new
 
-# %% ../nbs/09c_variants.ipynb #341beece
+# %% ../nbs/09c_variants.ipynb #0cc7ced1
 def adapt(
     model, # changed in place, or not at all
     kind:str="lora", # lora, rslora, dora, pissa or vera
@@ -291,11 +299,12 @@ def adapt(
 ): # the same model, frozen but for its adapter
     "Put a LoRA variant on `model`. Raises ValueError on a bad kind, rank or name"
     if hasattr(model, "lora_config"): raise ValueError(
-        "this model already carries an adapter; call unload(model) or merge_and_unload(model) first")
+        "this model already carries an adapter; call unload(model) or merge_and_unload(model)")
     whole, found = _whole(model, also), adaptable(model, target)
     forgotten = [] if target is not None else [n for n in heads(model) if n not in whole]
-    if forgotten: raise ValueError(f"{forgotten[0]} stands outside the base model, a head that is perhaps new: "
-        f"name it, also={forgotten}, so that it trains and is saved; or give target yourself")
+    if forgotten: raise ValueError(
+        f"{forgotten[0]} stands outside the base model, a head that is perhaps new: name it, "
+        f"also={forgotten}, so that it trains and is saved; or give target yourself")
     found = {n: m for n, m in found.items() if not any(f"{n}.".startswith(f"{w}.") for w in whole)}
     _check_fit(found, kind, r, alpha)
     return _put_on(model, _build(found, kind, r, alpha, dropout, seed), whole,
@@ -304,7 +313,8 @@ def adapt(
 
 def _put_on(model, new, whole, config):
     config.was = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in whole.items()}
-    own = {n: {k for k, _ in m.named_parameters() if not k.startswith("base.")} for n, m in new.items()}
+    own = {n: {k for k, _ in m.named_parameters() if not k.startswith("base.")}
+           for n, m in new.items()}
     model.requires_grad_(False)
     for n, layer in new.items():
         model.set_submodule(n, layer.train(model.training))
@@ -313,7 +323,7 @@ def _put_on(model, new, whole, config):
     model.lora_config = config
     return model
 
-# %% ../nbs/09c_variants.ipynb #1458e36b
+# %% ../nbs/09c_variants.ipynb #b06888e9
 def _parts(name, layer) -> dict: # key in the file -> tensor
     "A layer's tensors under the names that peft gives them"
     at = f"base_model.model.{name}"
@@ -323,8 +333,13 @@ def _parts(name, layer) -> dict: # key in the file -> tensor
         return {f"{at}.lora_embedding_{k}": getattr(layer, f"lora_{k}") for k in "AB"}
     A, B = layer.since_start() if isinstance(layer, PiSSALinear) else (layer.lora_A, layer.lora_B)
     out = {f"{at}.lora_A.weight": A, f"{at}.lora_B.weight": B}
-    if isinstance(layer, DoRALinear): out[f"{at}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+    m = getattr(layer, "lora_magnitude_vector", None)
+    if m is not None: out[f"{at}.lora_magnitude_vector"] = m
     return out
+
+def _whole_tensors(model):
+    return {f"base_model.model.{n}.{k}": t for n in model.lora_config.also
+            for k, t in model.get_submodule(n).state_dict().items()}
 
 def variant_tensors(model) -> dict: # key in the file -> tensor on the CPU
     "All that an adapter's file holds. Raises ValueError while the model is merged"
@@ -332,13 +347,13 @@ def variant_tensors(model) -> dict: # key in the file -> tensor on the CPU
     if any(m.merged for m in layers.values()): raise ValueError(
         "this model is merged: call unmerge(model) to save the adapter")
     for n, m in layers.items(): out |= _parts(n, m)
-    for n in model.lora_config.also:
-        out |= {f"base_model.model.{n}.{k}": t for k, t in model.get_submodule(n).state_dict().items()}
+    out |= _whole_tensors(model)
     if model.lora_config.kind == "vera":
-        out |= dict(zip(("base_model.vera_A", "base_model.vera_B"), next(iter(layers.values())).shared))
+        pair = next(iter(layers.values())).shared
+        out |= dict(zip(("base_model.vera_A", "base_model.vera_B"), pair))
     return {k: t.detach().cpu().contiguous() for k, t in out.items()}
 
-# %% ../nbs/09c_variants.ipynb #96c5ea3d
+# %% ../nbs/09c_variants.ipynb #5ef266ea
 def variant_config(model) -> dict:
     "The contents of peft's `adapter_config.json` for this kind"
     c = model.lora_config
@@ -347,8 +362,8 @@ def variant_config(model) -> dict:
     kind = type(model).__name__
     both = dict(base_model_name_or_path=c.base, target_modules=c.targets, bias="none", r=twice*c.r,
                 inference_mode=True, modules_to_save=c.also or None, fan_in_fan_out=conv,
-                task_type="SEQ_CLS" if "SequenceClass" in kind else "TOKEN_CLS" if "TokenClass" in kind
-                          else "CAUSAL_LM")
+                task_type="SEQ_CLS" if "SequenceClass" in kind else
+                          "TOKEN_CLS" if "TokenClass" in kind else "CAUSAL_LM")
     if c.kind == "vera": return both | dict(peft_type="VERA", projection_prng_key=c.seed,
         save_projection=True, vera_dropout=c.dropout, d_initial=.1, init_weights=True)
     plain = adapter_config(LoRAConfig(twice*c.r, twice*c.alpha, c.dropout, c.targets, c.base))
@@ -392,7 +407,7 @@ def _read(folder):
         f"{folder}: a damaged or half-written adapter ({e}). Save or copy it again") from e
     return cfg, tensors
 
-# %% ../nbs/09c_variants.ipynb #897e19e2
+# %% ../nbs/09c_variants.ipynb #20940bda
 PART = re.compile(r"base_model\.model\.(.+)\.(?:lora_[AB]\.weight|lora_magnitude_vector"
                   r"|lora_embedding_[AB]|vera_lambda_[bd])")
 
@@ -400,8 +415,7 @@ def _fill(model, tensors):
     "Copy the file's tensors into the adapter. Raises ValueError, before any copy, on a misfit"
     places, c = {}, model.lora_config
     for n, m in lora_layers(model).items(): places |= _parts(n, m)
-    for n in c.also:
-        places |= {f"base_model.model.{n}.{k}": t for k, t in model.get_submodule(n).state_dict().items()}
+    places |= _whole_tensors(model)
     given = {k: t for k, t in tensors.items() if not k.startswith("base_model.vera_")}
     odd = [f"{k} is missing" for k in places.keys() - given.keys()]
     odd += [f"{k} has no place" for k in given.keys() - places.keys()]
