@@ -179,7 +179,8 @@ def lora_layers(model:nn.Module)->dict:  # full name -> `LoRALinear`
 
 def lora_parameters(model:nn.Module)->list:  # what the optimizer should get: every A and B
     "The adapters' weights. Raises ValueError if a cast took them below float32"
-    found = [p for m in lora_layers(model).values() for p in (m.lora_A, m.lora_B)]
+    found = [p for m in lora_layers(model).values() for n, p in m.named_parameters()
+             if not n.startswith("base.")]   # every A and B, and what a variant has besides
     for p in found:
         if torch.finfo(p.dtype).bits < 32: raise ValueError(
             f"LoRA weights in {p.dtype}: small steps round to nothing. Cast first, then add_lora")
@@ -213,6 +214,11 @@ def check_trained(model:nn.Module):
         "that the optimizer got lora_parameters(model), and that the loss reaches them")
 
 # %% ../nbs/09_lora.ipynb #03bb1cf4
+@patch
+def folded(self:LoRALinear, W):  # (out, in), wide
+    "The formula on the weight itself; a variant of LoRA has its own"
+    return W + self.scaling * self.lora_B @ self.lora_A
+
 @torch.no_grad()
 def merged_weight(layer:LoRALinear)->torch.Tensor:  # (out, in), in the layer's own precision
     "`W + alpha/r * B A`, added in float32 or better and rounded once"
@@ -220,8 +226,7 @@ def merged_weight(layer:LoRALinear)->torch.Tensor:  # (out, in), in the layer's 
     if not W.is_floating_point(): raise ValueError(
         f"can't merge into {W.dtype} weights: rounding them again would take the update away. "
         "Call quant.dequantize(model) first, then merge")
-    wide = layer.lora_A.dtype
-    return (W.to(wide) + layer.scaling * layer.lora_B @ layer.lora_A).to(W.dtype)
+    return layer.folded(W.to(layer.lora_A.dtype)).to(W.dtype)
 
 # %% ../nbs/09_lora.ipynb #5d78af5a
 def merge(model:nn.Module)->nn.Module:
@@ -245,17 +250,27 @@ def unmerge(model:nn.Module)->nn.Module:
     return model
 
 # %% ../nbs/09_lora.ipynb #ffda0d7b
+@patch
+def stripped(self:LoRALinear): return self.base
+
+@patch
+def restore(self:LoRALinear): "Undo what putting the adapter on did to the base: here nothing"
+
 def _strip(model):
     "Take the LoRA wrappers off; what their base layers hold stays"
     for name, layer in lora_layers(model).items():
-        model.set_submodule(name, layer.base)
+        model.set_submodule(name, layer.stripped())
     del model.lora_config
     for p in model.parameters(): p.requires_grad_(p.is_floating_point())   # codes have no gradient
     return model
 
 def unload(model:nn.Module)->nn.Module:
     "Take the adapters off: the base model, as it was"
-    return _strip(unmerge(model))
+    unmerge(model)
+    for layer in lora_layers(model).values(): layer.restore()
+    for name, was in getattr(model.lora_config, "was", {}).items():   # layers that trained whole
+        model.get_submodule(name).load_state_dict(was)
+    return _strip(model)
 
 # %% ../nbs/09_lora.ipynb #e8ca0c53
 def merge_and_unload(model:nn.Module)->nn.Module:
@@ -272,7 +287,9 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 def adapter_tensors(model:nn.Module)->dict:  # peft's key -> tensor on the CPU
     "Every A and B under the name that peft gives it. Raises ValueError while merged"
-    layers = lora_layers(model)
+    layers, kind = lora_layers(model), getattr(model.lora_config, "kind", "lora")
+    if kind != "lora" or any(type(m) is not LoRALinear for m in layers.values()): raise ValueError(
+        f"this adapter ({kind}) is more than plain LoRA: save it by variants.save_variant")
     if any(m.merged for m in layers.values()): raise ValueError(
         "this model is merged: an adapter saved now would be added a second time. Call "
         "unmerge(model) to save it, or merge_and_unload(model) to have a plain model to save")

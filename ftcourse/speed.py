@@ -460,7 +460,7 @@ class JointLowRank(torch.autograd.Function):
 
 # %% ../nbs/09b_speed.ipynb #152cd1d1
 def _plain_lora(m):
-    return (isinstance(m, LoRALinear) and type(m.base) is torch.nn.Linear and not m.merged
+    return (type(m) is LoRALinear and type(m.base) is torch.nn.Linear and not m.merged
             and not m.dropout.p and "forward" not in vars(m))
 
 @torch.no_grad()

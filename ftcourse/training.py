@@ -511,7 +511,7 @@ def note(self:Run, text):
 def advance(self:Run):
     "One step of the optimizer and its entry in the history; raises `FloatingPointError`"
     i, h, window = self.step, self.history, self.work[self.step]
-    for g in self.optimizer.param_groups: g["lr"] = self.rate(i)
+    for g in self.optimizer.param_groups: g["lr"] = self.rate(i)*g.get("ratio", 1)   # LoRA+
     loss = self.window_loss(window)
     rows = [j for b in window for j in b]
     where = f" (rows {', '.join(str(j+1) for j in rows[:8])}{', …' if len(rows) > 8 else ''})"
