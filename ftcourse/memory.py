@@ -8,7 +8,9 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/memory.html.md"""
 __all__ = ['ARCHITECTURES', 'BITS', 'CHOICES', 'GPUS', 'CONTEXT', 'SLACK', 'COLOURS', 'architecture', 'on_meta', 'FusedAttention',
            'meta_fused', 'meta_math', 'Ledger', 'shorten', 'play', 'Setting', 'check_setting', 'Counts',
            'count_parameters', 'state_bytes', 'weight_parts', 'Trace', 'trace', 'asdict_flat', 'moments', 'GPU', 'Plan',
-           'step_flops', 'plan', 'plan_setting', 'size', 'plan_html', 'plot_plans', 'measure_here', 'measure']
+           'step_flops', 'plan', 'plan_setting', 'size', 'plan_html', 'plot_plans', 'measure_here', 'measure', 'card',
+           'fits', 'largest_batch', 'this_machine', 'card_table', 'changes', 'suggest', 'make_fit', 'cost', 'planner',
+           'bar_html', 'planner_html']
 
 # %% ../nbs/13_memory.ipynb #7bfc3233
 import contextlib, copy, ctypes, functools, gc, html, json, os, subprocess, sys, warnings, weakref
@@ -450,12 +452,13 @@ def _resident():
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
     return _status("VmRSS")
 
-# %% ../nbs/13_memory.ipynb #017fef3c
+# %% ../nbs/13_memory.ipynb #10be81c8
 def _warm(s):
     "Train a toy with the same code, so that libraries and their workspaces are in memory"
-    toy = AutoConfig.for_model(s.model.model_type, **{**s.model.to_dict(), **dict(
-        hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=32, vocab_size=1000)})
+    toy = copy.deepcopy(s.model)
+    small = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32,
+                 num_attention_heads=4, num_key_value_heads=2, vocab_size=1000)
+    for name, value in small.items(): setattr(toy, name, value)
     model = AutoModelForCausalLM.from_config(toy, dtype=torch.float32).train()
     if s.r: add_lora(model, r=2)
     with checkpointed(model, s.checkpointing):
@@ -503,3 +506,136 @@ def measure(
     if bad or len(out) != len(jobs): raise RuntimeError(
         f"A setting could not be measured: {bad or done.stderr[-300:]}")
     return out
+
+# %% ../nbs/13_memory.ipynb #477afab1
+def card(gpu) -> GPU:
+    "A `GPU` by name, or itself"
+    return GPUS[gpu] if isinstance(gpu, str) else gpu
+
+def fits(p:Plan, gpu) -> bool:
+    "Whether the card has room for what the plan needs"
+    return p.needs <= card(gpu).gib*2**30
+
+def largest_batch(p:Plan, gpu) -> int: # 0 if not even one row fits
+    "The most rows in a micro-batch that fit, by doubling and then halving the gap"
+    def ok(b): return fits(plan_setting(replace(p.setting, batch=b), gpu, p.efficiency), gpu)
+    low, high = 0, 1
+    while high < 2**20 and ok(high): low, high = high, 2*high
+    while high - low > 1:
+        middle = (low + high)//2
+        low, high = (middle, high) if ok(middle) else (low, middle)
+    return low
+
+# %% ../nbs/13_memory.ipynb #c85ecdb6
+def this_machine() -> GPU: # a CUDA card, or the processor
+    "The machine in front of you: its memory, its matrix products measured; the price is yours to put"
+    from ftcourse.speed import matmul_peak
+    if torch.cuda.is_available():
+        about = torch.cuda.get_device_properties(0)
+        peak = matmul_peak(torch.float16, "cuda", 4096)
+        return GPU(about.name, about.total_memory/2**30, peak/1e12, 0.)
+    ram = os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
+    return GPU("this CPU", ram/2**30, matmul_peak()/1e12, 0.)
+
+def card_table(p:Plan, cards=(*GPUS,)) -> list: # of dicts
+    "For each card: does it fit, the largest batch, speed at that batch, price of a million tokens"
+    rows = []
+    for g in map(card, cards):
+        b = largest_batch(p, g)
+        q = plan_setting(replace(p.setting, batch=max(1, b)), g, p.efficiency)
+        rows.append(dict(card=g.name, GiB=g.gib, fits=fits(p, g), largest_batch=b,
+            tokens_per_s=q.tokens_per_s if b else 0,
+            dollars=g.price*1e6/q.tokens_per_s/3600 if b else float("nan")))
+    return rows
+
+# %% ../nbs/13_memory.ipynb #45db384a
+def changes(s:Setting) -> list: # of (what, new `Setting`, whether the result stays the same)
+    "What could be changed to save memory"
+    tries = [("activation checkpointing", dict(checkpointing=True), True),
+             ("loss in chunks", dict(loss="chunked"), True),
+             ("fused attention", dict(attention="fused"), True),
+             ("half the batch, accumulated twice as often",
+              dict(batch=max(1, s.batch//2), accumulate=2*s.accumulate), True),
+             ("16 bits", dict(dtype=torch.bfloat16), False),
+             ("trained weights in 16 bits", dict(trained=torch.bfloat16), False),
+             ("8-bit AdamW", dict(optimizer="adamw8bit"), False),
+             ("half the length", dict(length=max(1, s.length//2)), False)]
+    if s.r is None: tries.append(("LoRA, r = 8", dict(r=8, trained=torch.float32), False))
+    else: tries.append(("frozen weights in 4 bits", dict(quantization="nf4-double"), False))
+    out = [(what, replace(s, **new), same) for what, new, same in tries]
+    return [(w, n, k) for w, n, k in out if n != s and not (w.startswith("half the b") and s.batch < 2)]
+
+def suggest(p:Plan, gpu) -> list: # of dicts, the largest saving first
+    "Each change alone: bytes saved, and whether it fits then"
+    tried = [(w, plan_setting(n, gpu, p.efficiency), same) for w, n, same in changes(p.setting)]
+    return sorted((dict(change=w, saves=p.needs - q.needs, fits=fits(q, gpu), slower=
+                        p.tokens_per_s/q.tokens_per_s - 1, same_result=same, plan=q)
+                   for w, q, same in tried if q.needs < p.needs), key=lambda d: -d["saves"])
+
+# %% ../nbs/13_memory.ipynb #d9bce989
+def make_fit(p:Plan, gpu) -> tuple: # (changes in order, the last plan)
+    "Change what saves most until it fits, first what leaves the result the same; may not succeed"
+    done = []
+    while not fits(p, gpu):
+        options = suggest(p, gpu)
+        if not options: break
+        best = next((o for o in options if o["same_result"] and o["saves"] > .02*p.needs), options[0])
+        done.append({k: v for k, v in best.items() if k != "plan"})
+        p = best["plan"]
+    return done, p
+
+# %% ../nbs/13_memory.ipynb #e0bf6a06
+def cost(
+    p:Plan,
+    tokens:float, # in the data, padding included
+    epochs:float=1,
+) -> dict: # hours and dollars on the plan's card
+    "How long a run takes and what it costs"
+    hours = tokens*epochs/p.tokens_per_s/3600
+    return dict(hours=hours, dollars=hours*p.gpu.price)
+
+# %% ../nbs/13_memory.ipynb #d3911f6f
+def planner(model:str="Llama-3.1-8B", **start): # widgets; `start`: r, batch, length …
+    "Sliders for a plan; needs ipywidgets"
+    import ipywidgets as w
+    s = {**dict(method="LoRA", r=8, batch=1, length=1024, checkpointing=True, loss="plain",
+                optimizer="adamw", gpu="RTX 4090"), **start}
+    ui = dict(model=w.Dropdown(options=[*ARCHITECTURES], value=model),
+        method=w.Dropdown(options=["full", "LoRA", "QLoRA"], value=s["method"]),
+        r=w.SelectionSlider(options=[1, 2, 4, 8, 16, 32, 64, 128], value=s["r"]),
+        batch=w.IntSlider(value=s["batch"], min=1, max=64),
+        length=w.SelectionSlider(options=[128, 256, 512, 1024, 2048, 4096], value=s["length"]),
+        checkpointing=w.Checkbox(value=s["checkpointing"]),
+        loss=w.Dropdown(options=["plain", "chunked"], value=s["loss"]),
+        optimizer=w.Dropdown(options=[*CHOICES["optimizer"]], value=s["optimizer"]),
+        gpu=w.Dropdown(options=[*GPUS], value=s["gpu"]))
+    for name, widget in ui.items(): widget.description = name
+    out = w.HTML()
+    def show(_=None): out.value = planner_html(**{k: v.value for k, v in ui.items()})
+    for widget in ui.values(): widget.observe(show, "value")
+    show()
+    return w.HBox([w.VBox([*ui.values()]), out])
+
+# %% ../nbs/13_memory.ipynb #3f7e8ef9
+def bar_html(p:Plan, gpu:GPU) -> str: # HTML
+    "The parts at the peak as a bar; the frame is the card"
+    room = gpu.gib*2**30
+    wide = max(room, p.needs)
+    parts = {**p.parts, "CUDA and slack": p.needs - p.bytes}
+    boxes = "".join(f"<div title='{k}: {size(v)}' style='height:22px;width:{100*v/wide:.2f}%;"
+                    f"background:{COLOURS.get(k, '#999999')}'></div>" for k, v in parts.items())
+    return (f"<div style='width:420px'><div style='display:flex'>{boxes}</div>"
+            f"<div style='width:{100*room/wide:.1f}%;border-top:3px solid #444;font-size:80%'>"
+            f"{gpu.name}, {gpu.gib:.0f} GiB</div></div>")
+
+def planner_html(model, method, r, batch, length, checkpointing, loss, optimizer, gpu) -> str:
+    "What `planner` shows: verdict, bar, table"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        p = plan(model, None if method == "full" else r, batch=batch, length=length,
+                 checkpointing=checkpointing, loss=loss, optimizer=optimizer, gpu=gpu,
+                 quantization="nf4-double" if method == "QLoRA" else None)
+    ok = "fits" if fits(p, gpu) else "does not fit"
+    notes = "".join(f"<p>⚠ {html.escape(str(x.message))}</p>" for x in said)
+    return (f"<p><b>{size(p.needs)}: {ok} on one {html.escape(gpu)}</b>; largest batch "
+            f"{largest_batch(p, gpu)}</p>{notes}{bar_html(p, card(gpu))}{plan_html(p)}")
