@@ -548,7 +548,7 @@ def card_table(p:Plan, cards=(*GPUS,)) -> list: # of dicts
             dollars=g.price*1e6/q.tokens_per_s/3600 if b else float("nan")))
     return rows
 
-# %% ../nbs/13_memory.ipynb #45db384a
+# %% ../nbs/13_memory.ipynb #568bdc8a
 def changes(s:Setting) -> list: # of (what, new `Setting`, whether the result stays the same)
     "What could be changed to save memory"
     tries = [("activation checkpointing", dict(checkpointing=True), True),
@@ -566,10 +566,11 @@ def changes(s:Setting) -> list: # of (what, new `Setting`, whether the result st
     return [(w, n, k) for w, n, k in out if n != s and not (w.startswith("half the b") and s.batch < 2)]
 
 def suggest(p:Plan, gpu) -> list: # of dicts, the largest saving first
-    "Each change alone: bytes saved, and whether it fits then"
+    "Each change alone: bytes saved, whether it fits then, and the time that a token takes more"
+    p = plan_setting(p.setting, gpu, p.efficiency)
     tried = [(w, plan_setting(n, gpu, p.efficiency), same) for w, n, same in changes(p.setting)]
-    return sorted((dict(change=w, saves=p.needs - q.needs, fits=fits(q, gpu), slower=
-                        p.tokens_per_s/q.tokens_per_s - 1, same_result=same, plan=q)
+    return sorted((dict(change=w, saves=p.needs - q.needs, fits=fits(q, gpu),
+                        time=p.tokens_per_s/q.tokens_per_s - 1, same_result=same, plan=q)
                    for w, q, same in tried if q.needs < p.needs), key=lambda d: -d["saves"])
 
 # %% ../nbs/13_memory.ipynb #d9bce989
