@@ -164,7 +164,7 @@ def shorten(model) -> list:   # the kind of each layer that was taken out
     for i in sorted({*range(len(kinds))} - stay, reverse=True): del layers[i]
     return out
 
-# %% ../nbs/13_memory.ipynb #a65ad045
+# %% ../nbs/13_memory.ipynb #8e8cca25
 def _loss(model, ids, kind):
     "“plain”: the model's own loss, all logits at once; “chunked”: lesson 09b's, few rows at a time"
     if kind == "plain": return model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -174,10 +174,13 @@ def _loss(model, ids, kind):
 def play(model, batch, length, checkpointing=False, loss="plain"):
     "One forward and backward pass under a `Ledger`: it, and the bytes alive at each layer's door"
     ledger, doors, layers = Ledger(), [], layers_of(model)
+    pages = {id(layers[-1]): "between", id(layers[min(1, len(layers)-1)]): "backward"}
     def door(layer, args):
-        if len(doors) < len(layers): doors.append(ledger.live)
-        if layer is layers[-1] and args[0].requires_grad:
-            args[0].register_hook(lambda g: setattr(ledger, "phase", "backward"))
+        if len(doors) == len(layers): return         # a layer computed again
+        doors.append(ledger.live)
+        page = pages.get(id(layer))
+        if page and args[0].requires_grad:
+            args[0].register_hook(lambda g: setattr(ledger, "phase", page))
     hooks = [l.register_forward_pre_hook(door) for l in layers]
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     try:
@@ -200,7 +203,7 @@ class Setting:
     checkpointing:bool=False; quantization:str|None=None; attention:str="fused"
     loss:str="plain"; dropout:float=0.; accumulate:int=1
 
-# %% ../nbs/13_memory.ipynb #eed4a0a9
+# %% ../nbs/13_memory.ipynb #6fdd25c7
 def check_setting(s:Setting):
     "Raise `ValueError` at a value that makes no sense, warn at one that hardly does"
     for name in ("batch", "length", "accumulate", "r"):
@@ -218,6 +221,9 @@ def check_setting(s:Setting):
     if s.r is None and s.quantization: raise ValueError(
         f"quantization = {s.quantization!r}: quantised weights can't be trained; give a rank r, or "
         "quantization=None")
+    if any(getattr(s.model, n, None) for n in ("num_local_experts", "num_experts")): raise ValueError(
+        f"model: {s.model.model_type} is a mixture of experts, which is not planned here, since the "
+        "data decide which weights a token meets; plan a dense model")
     most = getattr(s.model, "max_position_embeddings", None)
     if most and s.length > most: warnings.warn(
         f"length = {s.length}: this model was made for at most {most} tokens", stacklevel=4)
@@ -257,12 +263,12 @@ def weight_parts(s:Setting, c:Counts) -> float: # bytes
     bits = BITS.get(s.quantization, 8*item)
     return c.linear*bits/8 + (c.total - trained - c.linear)*item + trained*wide
 
-# %% ../nbs/13_memory.ipynb #68115b5b
+# %% ../nbs/13_memory.ipynb #db0668d2
 class Trace(NamedTuple):
     "Bytes beside weights and optimizer state, at full depth, for some batch"
     kept:float       # put aside by autograd when the forward pass ends
-    loss:float       # the most until the last layer's backward pass is done
-    backward:float   # the most after that, gradients left out
+    loss:float       # the most until the gradient is through the last layer
+    backward:float   # the most in the first layer's backward pass and after, gradients left out
 
 def _trace(s:Setting):
     "Counts and the traces of one row and of two, by playing a short model"
@@ -280,7 +286,7 @@ def _at_depth(model, gone, s, batch):
     return Trace(end + more, ledger.peaks["loss"] + more,
                  max(0, ledger.peaks.get("backward", 0) - _trained(model)))
 
-# %% ../nbs/13_memory.ipynb #d3315428
+# %% ../nbs/13_memory.ipynb #a5e438db
 _remembered = {}
 
 def trace(s:Setting) -> tuple:  # (`Counts`, `Trace`)
@@ -291,8 +297,8 @@ def trace(s:Setting) -> tuple:  # (`Counts`, `Trace`)
     if key not in _remembered:
         try: _remembered[key] = _trace(one)
         except (RuntimeError, NotImplementedError) as e: raise ValueError(
-            f"A {s.model.model_type} model can't be played on the meta device ({str(e)[:90]}); "
-            "mixtures of experts can't, since the data decide where a token goes") from e
+            f"model: {s.model.model_type} can't be played on the meta device ({str(e)[:90]}); its code "
+            "looks at numbers, or its attention is its own") from e
     counts, (a, b) = _remembered[key]
     return counts, Trace(*(x + (s.batch-1)*(y-x) for x, y in zip(a, b)))
 
@@ -617,7 +623,7 @@ def planner(model:str="Llama-3.1-8B", **start): # widgets; `start`: r, batch, le
     show()
     return w.HBox([w.VBox([*ui.values()]), out])
 
-# %% ../nbs/13_memory.ipynb #3f7e8ef9
+# %% ../nbs/13_memory.ipynb #13d390c9
 def bar_html(p:Plan, gpu:GPU) -> str: # HTML
     "The parts at the peak as a bar; the frame is the card"
     room = gpu.gib*2**30
@@ -636,7 +642,8 @@ def planner_html(model, method, r, batch, length, checkpointing, loss, optimizer
         p = plan(model, None if method == "full" else r, batch=batch, length=length,
                  checkpointing=checkpointing, loss=loss, optimizer=optimizer, gpu=gpu,
                  quantization="nf4-double" if method == "QLoRA" else None)
+        most = largest_batch(p, gpu)
     ok = "fits" if fits(p, gpu) else "does not fit"
-    notes = "".join(f"<p>⚠ {html.escape(str(x.message))}</p>" for x in said)
+    notes = "".join(f"<p>⚠ {html.escape(str(x.message))}</p>" for x in said[:1])
     return (f"<p><b>{size(p.needs)}: {ok} on one {html.escape(gpu)}</b>; largest batch "
-            f"{largest_batch(p, gpu)}</p>{notes}{bar_html(p, card(gpu))}{plan_html(p)}")
+            f"{most}</p>{notes}{bar_html(p, card(gpu))}{plan_html(p)}")
