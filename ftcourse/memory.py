@@ -164,7 +164,7 @@ def shorten(model) -> list:   # the kind of each layer that was taken out
     for i in sorted({*range(len(kinds))} - stay, reverse=True): del layers[i]
     return out
 
-# %% ../nbs/13_memory.ipynb #8e8cca25
+# %% ../nbs/13_memory.ipynb #68f9d327
 def _loss(model, ids, kind):
     "“plain”: the model's own loss, all logits at once; “chunked”: lesson 09b's, few rows at a time"
     if kind == "plain": return model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -181,7 +181,12 @@ def play(model, batch, length, checkpointing=False, loss="plain"):
         page = pages.get(id(layer))
         if page and args[0].requires_grad:
             args[0].register_hook(lambda g: setattr(ledger, "phase", page))
+    def top(layer, args, out):
+        out = out[0] if isinstance(out, tuple) else out
+        if ledger.phase == "loss" and out.requires_grad:
+            out.register_hook(lambda g: setattr(ledger, "phase", "last layer"))
     hooks = [l.register_forward_pre_hook(door) for l in layers]
+    hooks.append(layers[-1].register_forward_hook(top))
     ids = torch.zeros(batch, length, dtype=torch.long, device="meta")
     try:
         with checkpointed(model, checkpointing), ledger: _loss(model, ids, loss).backward()
@@ -263,11 +268,12 @@ def weight_parts(s:Setting, c:Counts) -> float: # bytes
     bits = BITS.get(s.quantization, 8*item)
     return c.linear*bits/8 + (c.total - trained - c.linear)*item + trained*wide
 
-# %% ../nbs/13_memory.ipynb #db0668d2
+# %% ../nbs/13_memory.ipynb #ee55b046
 class Trace(NamedTuple):
     "Bytes beside weights and optimizer state, at full depth, for some batch"
     kept:float       # put aside by autograd when the forward pass ends
-    loss:float       # the most until the gradient is through the last layer
+    loss:float       # the most until the gradient arrives at the last layer
+    last:float       # the most in the last layer's backward pass
     backward:float   # the most in the first layer's backward pass and after, gradients left out
 
 def _trace(s:Setting):
@@ -283,8 +289,9 @@ def _at_depth(model, gone, s, batch):
     end = doors[-1] + (doors[-1] - doors[-2] if len(doors) > 1 else 0)
     each = {_kind(layers[i]): doors[i+1] - doors[i] for i in range(len(layers)-1)}
     more = sum(each[k] for k in gone)
-    return Trace(end + more, ledger.peaks["loss"] + more,
-                 max(0, ledger.peaks.get("backward", 0) - _trained(model)))
+    peaks = {**{"last layer": 0, "backward": 0}, **ledger.peaks}
+    return Trace(end + more, peaks["loss"] + more, peaks["last layer"] + more,
+                 max(0, peaks["backward"] - _trained(model)))
 
 # %% ../nbs/13_memory.ipynb #a5e438db
 _remembered = {}
@@ -304,7 +311,7 @@ def trace(s:Setting) -> tuple:  # (`Counts`, `Trace`)
 
 def asdict_flat(s): return [getattr(s, f) for f in Setting.__dataclass_fields__ if f != "model"]
 
-# %% ../nbs/13_memory.ipynb #7847de04
+# %% ../nbs/13_memory.ipynb #1a88296b
 def moments(s:Setting, c:Counts, t:Trace) -> dict: # moment → part → bytes
     "What a training step holds at its three fullest moments"
     item, n = s.trained.itemsize, sum(c.trained)
@@ -312,7 +319,7 @@ def moments(s:Setting, c:Counts, t:Trace) -> dict: # moment → part → bytes
     unpacked = c.widest*s.dtype.itemsize if s.quantization else 0
     before = {"gradients": item*n} if s.accumulate > 1 else {}
     return {"loss": {**base, **before, "activations": t.kept,
-                     "logits and workspace": t.loss - t.kept + unpacked},
+                     "logits and workspace": max(t.loss, t.last) - t.kept + unpacked},
             "backward": {**base, "gradients": item*n, "logits and workspace": t.backward + unpacked},
             "step": {**base, "gradients": item*n}}
 

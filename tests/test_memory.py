@@ -108,7 +108,7 @@ def test_a_short_model_speaks_for_the_long_one(kind, r, checkpointing):
     if r: add_lora(whole, r=r)
     ledger, doors = play(whole, 3, 64, checkpointing)
     got = p.moments["loss"]["activations"] + p.moments["loss"]["logits and workspace"]
-    assert got == pytest.approx(ledger.peaks["loss"], rel=.02)
+    assert got == pytest.approx(max(ledger.peaks["loss"], ledger.peaks["last layer"]), rel=.02)
     last = p.moments["backward"]
     trained = sum(q.nbytes for q in whole.parameters() if q.requires_grad)
     assert last["gradients"] == trained
