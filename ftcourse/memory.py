@@ -7,25 +7,24 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/memory.html.md"""
 # %% auto #0
 __all__ = ['ARCHITECTURES', 'BITS', 'CHOICES', 'GPUS', 'CONTEXT', 'SLACK', 'COLOURS', 'architecture', 'on_meta', 'FusedAttention',
            'meta_fused', 'meta_math', 'Ledger', 'shorten', 'play', 'Setting', 'check_setting', 'Counts',
-           'count_parameters', 'state_bytes', 'weight_parts', 'Trace', 'trace', 'asdict_flat', 'moments', 'GPU', 'Plan',
-           'step_flops', 'plan', 'plan_setting', 'size', 'plan_html', 'plot_plans', 'measure_here', 'measure', 'card',
-           'fits', 'largest_batch', 'this_machine', 'card_table', 'changes', 'suggest', 'make_fit', 'cost', 'planner',
+           'count_parameters', 'state_bytes', 'weight_parts', 'Trace', 'trace', 'moments', 'GPU', 'Plan', 'step_flops',
+           'plan', 'plan_setting', 'size', 'plan_html', 'plot_plans', 'measure_here', 'measure', 'card', 'fits',
+           'largest_batch', 'this_machine', 'card_table', 'changes', 'suggest', 'make_fit', 'cost', 'planner',
            'bar_html', 'planner_html']
 
-# %% ../nbs/13_memory.ipynb #7bfc3233
-import contextlib, copy, ctypes, functools, gc, html, json, os, subprocess, sys, warnings, weakref
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+# %% ../nbs/13_memory.ipynb #a8c3c6d5
+import contextlib, copy, ctypes, gc, html, json, os, subprocess, sys, warnings, weakref
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-# %% ../nbs/13_memory.ipynb #947e455f
+# %% ../nbs/13_memory.ipynb #8970c6f2
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
                           AutoModelForSeq2SeqLM, PreTrainedConfig, pytorch_utils)
-from .lora import LoRALinear, add_lora, find_targets
+from .lora import add_lora
 from .models import BASES, BaseModel, load, resolve
 from .runtime import Meter, _status, seed_everything
 from .speed import chunked_cross_entropy
@@ -86,7 +85,7 @@ def on_meta(config, dtype=torch.bfloat16, attention="meta_fused"):
     _plain_linears(model)
     return model.train()
 
-# %% ../nbs/13_memory.ipynb #66cb564c
+# %% ../nbs/13_memory.ipynb #55c55da5
 class FusedAttention(torch.autograd.Function):
     "Stands in for a fused kernel on the meta device: same shapes, same things kept, no numbers"
     @staticmethod
@@ -100,6 +99,7 @@ class FusedAttention(torch.autograd.Function):
     def backward(ctx, d):
         return tuple(torch.empty_like(t) for t in ctx.saved_tensors[:3])
 
+# %% ../nbs/13_memory.ipynb #78087fc9
 def meta_fused(module, q, k, v, attention_mask, **kw):
     "For Transformers' `AttentionInterface`"
     return FusedAttention.apply(q, k, v).transpose(1, 2).contiguous(), None
@@ -145,7 +145,7 @@ class Ledger(TorchDispatchMode):
         self.live += n
         weakref.finalize(storage, self._gone, key, n)
 
-# %% ../nbs/13_memory.ipynb #10ce8c04
+# %% ../nbs/13_memory.ipynb #93a1ec23
 def _kind(layer):
     "What makes two layers equal: the same parameters, trained or not"
     return str([(n, tuple(p.shape), p.requires_grad) for n, p in layer.named_parameters()])
@@ -154,6 +154,7 @@ def _trained(module):
     "Bytes of what is trained in `module`, in its own format"
     return sum(p.nbytes for p in module.parameters() if p.requires_grad)
 
+# %% ../nbs/13_memory.ipynb #fa16fcdb
 def shorten(model) -> list:   # the kind of each layer that was taken out
     "Leave the first layer, one of each kind, and the last"
     layers = layers_of(model)
@@ -164,13 +165,14 @@ def shorten(model) -> list:   # the kind of each layer that was taken out
     for i in sorted({*range(len(kinds))} - stay, reverse=True): del layers[i]
     return out
 
-# %% ../nbs/13_memory.ipynb #68f9d327
+# %% ../nbs/13_memory.ipynb #d2764398
 def _loss(model, ids, kind):
     "“plain”: the model's own loss, all logits at once; “chunked”: lesson 09b's, few rows at a time"
     if kind == "plain": return model(input_ids=ids, labels=ids, use_cache=False).loss
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return chunked_cross_entropy(hidden.flatten(0, 1), model.get_output_embeddings(), ids.flatten())
 
+# %% ../nbs/13_memory.ipynb #4f319cfd
 def play(model, batch, length, checkpointing=False, loss="plain"):
     "One forward and backward pass under a `Ledger`: it, and the bytes alive at each layer's door"
     ledger, doors, layers = Ledger(), [], layers_of(model)
@@ -208,7 +210,7 @@ class Setting:
     checkpointing:bool=False; quantization:str|None=None; attention:str="fused"
     loss:str="plain"; dropout:float=0.; accumulate:int=1
 
-# %% ../nbs/13_memory.ipynb #6fdd25c7
+# %% ../nbs/13_memory.ipynb #db50ccd1
 def check_setting(s:Setting):
     "Raise `ValueError` at a value that makes no sense, warn at one that hardly does"
     for name in ("batch", "length", "accumulate", "r"):
@@ -219,16 +221,18 @@ def check_setting(s:Setting):
             raise ValueError(f"{name} = {v!r}: give a whole number from 1{hint}")
     for name, allowed in CHOICES.items():
         if getattr(s, name) not in allowed: raise ValueError(
-            f"{name} = {getattr(s, name)!r} is not known; there are: {', '.join(map(repr, allowed))}")
+            f"{name} = {getattr(s, name)!r} is not known; there are: "
+            f"{', '.join(map(repr, allowed))}")
     for name in ("dtype", "trained"):
         if not getattr(getattr(s, name), "is_floating_point", False): raise ValueError(
             f"{name} = {getattr(s, name)!r}: give a float format such as torch.bfloat16")
     if s.r is None and s.quantization: raise ValueError(
         f"quantization = {s.quantization!r}: quantised weights can't be trained; give a rank r, or "
         "quantization=None")
-    if any(getattr(s.model, n, None) for n in ("num_local_experts", "num_experts")): raise ValueError(
-        f"model: {s.model.model_type} is a mixture of experts, which is not planned here, since the "
-        "data decide which weights a token meets; plan a dense model")
+    experts = any(getattr(s.model, n, None) for n in ("num_local_experts", "num_experts"))
+    if experts: raise ValueError(
+        f"model: {s.model.model_type} is a mixture of experts, which is not planned here, since "
+        "the data decide which weights a token meets; plan a dense model")
     most = getattr(s.model, "max_position_embeddings", None)
     if most and s.length > most: warnings.warn(
         f"length = {s.length}: this model was made for at most {most} tokens", stacklevel=4)
@@ -249,7 +253,7 @@ def count_parameters(model) -> Counts:
                   [p.numel() for p in model.parameters() if p.requires_grad],
                   sum(sizes), head.weight.numel() if head is not None else 0, max(sizes, default=0))
 
-# %% ../nbs/13_memory.ipynb #57748ce3
+# %% ../nbs/13_memory.ipynb #238b35e7
 def state_bytes(
     optimizer:str, # "adamw", "adamw8bit", "sgd"
     sizes:list, # numbers in each trained tensor
@@ -260,6 +264,7 @@ def state_bytes(
     if optimizer == "adamw": return 2*item*sum(sizes)
     return round(sum(2*n*(1 + 4/256) if n >= 4096 else 8*n for n in sizes))
 
+# %% ../nbs/13_memory.ipynb #5473905a
 def weight_parts(s:Setting, c:Counts) -> float: # bytes
     "Bytes of all weights: quantised, frozen, trained, and autocast's copies"
     item, wide, trained = s.dtype.itemsize, s.trained.itemsize, sum(c.trained)
@@ -268,7 +273,7 @@ def weight_parts(s:Setting, c:Counts) -> float: # bytes
     bits = BITS.get(s.quantization, 8*item)
     return c.linear*bits/8 + (c.total - trained - c.linear)*item + trained*wide
 
-# %% ../nbs/13_memory.ipynb #ee55b046
+# %% ../nbs/13_memory.ipynb #16b2fc60
 class Trace(NamedTuple):
     "Bytes beside weights and optimizer state, at full depth, for some batch"
     kept:float       # put aside by autograd when the forward pass ends
@@ -283,6 +288,7 @@ def _trace(s:Setting):
     counts, gone = count_parameters(model), shorten(model)
     return counts, [_at_depth(model, gone, s, batch) for batch in (1, 2)]
 
+# %% ../nbs/13_memory.ipynb #8dd67d98
 def _at_depth(model, gone, s, batch):
     ledger, doors = play(model, batch, s.length, s.checkpointing, s.loss)
     layers = layers_of(model)
@@ -293,25 +299,23 @@ def _at_depth(model, gone, s, batch):
     return Trace(end + more, peaks["loss"] + more, peaks["last layer"] + more,
                  max(0, peaks["backward"] - _trained(model)))
 
-# %% ../nbs/13_memory.ipynb #a5e438db
+# %% ../nbs/13_memory.ipynb #b4145dab
 _remembered = {}
 
 def trace(s:Setting) -> tuple:  # (`Counts`, `Trace`)
-    "The trace of `s`, from those of one row and of two; raises `ValueError` for models it can't play"
+    "The trace of `s`, from those of one row and two; raises `ValueError` where it can't play"
     one = replace(s, batch=1, optimizer="adamw", quantization=None, accumulate=1,
                   trained=torch.float32)
-    key = (s.model.to_json_string(), *map(str, asdict_flat(one)))
+    key = s.model.to_json_string() + repr(replace(one, model=None))
     if key not in _remembered:
         try: _remembered[key] = _trace(one)
         except (RuntimeError, NotImplementedError) as e: raise ValueError(
-            f"model: {s.model.model_type} can't be played on the meta device ({str(e)[:90]}); its code "
-            "looks at numbers, or its attention is its own") from e
+            f"model: {s.model.model_type} can't be played on the meta device ({str(e)[:90]}); "
+            "its code looks at numbers, or its attention is its own") from e
     counts, (a, b) = _remembered[key]
     return counts, Trace(*(x + (s.batch-1)*(y-x) for x, y in zip(a, b)))
 
-def asdict_flat(s): return [getattr(s, f) for f in Setting.__dataclass_fields__ if f != "model"]
-
-# %% ../nbs/13_memory.ipynb #1a88296b
+# %% ../nbs/13_memory.ipynb #e6ed2045
 def moments(s:Setting, c:Counts, t:Trace) -> dict: # moment → part → bytes
     "What a training step holds at its three fullest moments"
     item, n = s.trained.itemsize, sum(c.trained)
@@ -320,7 +324,8 @@ def moments(s:Setting, c:Counts, t:Trace) -> dict: # moment → part → bytes
     before = {"gradients": item*n} if s.accumulate > 1 else {}
     return {"loss": {**base, **before, "activations": t.kept,
                      "logits and workspace": max(t.loss, t.last) - t.kept + unpacked},
-            "backward": {**base, "gradients": item*n, "logits and workspace": t.backward + unpacked},
+            "backward": {**base, "gradients": item*n,
+                         "logits and workspace": t.backward + unpacked},
             "step": {**base, "gradients": item*n}}
 
 # %% ../nbs/13_memory.ipynb #3ba272b6
@@ -333,8 +338,10 @@ GPUS = {g.name: g for g in (
     GPU("A6000", 47.4, 155, .82), GPU("A100", 79.2, 312, 1.79), GPU("H100", 79.1, 989, 3.99))}
 CONTEXT, SLACK = .5e9, .05   # CUDA's own; the allocator's waste, as a share of what isn't weights
 
-# %% ../nbs/13_memory.ipynb #0b233c47
+# %% ../nbs/13_memory.ipynb #938743eb
 @dataclass(frozen=True)
+
+# %% ../nbs/13_memory.ipynb #a1869f8c
 class Plan:
     "What a run needs"
     setting:Setting; trainable:int; total:int; moments:dict; kept:float
@@ -402,7 +409,7 @@ def plan_setting(s:Setting, gpu="A100", efficiency:float=.4) -> Plan:
     return Plan(s, sum(counts.trained), counts.total, moments(s, counts, t), t.kept,
                 step_flops(s, counts), GPUS[gpu] if isinstance(gpu, str) else gpu, efficiency)
 
-# %% ../nbs/13_memory.ipynb #67549e3b
+# %% ../nbs/13_memory.ipynb #ecf43f8c
 COLOURS = {"weights": "#0072B2", "optimizer": "#E69F00", "gradients": "#D55E00",
            "activations": "#009E73", "logits and workspace": "#CC79A7"}
 
@@ -410,6 +417,7 @@ def size(n:float) -> str:
     "Bytes for people"
     return f"{n/1e9:,.1f} GB" if abs(n) >= 1e9 else f"{n/1e6:,.0f} MB"
 
+# %% ../nbs/13_memory.ipynb #ff91ddbe
 def plan_html(p:Plan) -> str: # HTML
     "Parts by moment, the fullest moment marked"
     rows = "".join(f"<tr><td>{part}</td>" + "".join(
@@ -446,7 +454,7 @@ def plot_plans(
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
-# %% ../nbs/13_memory.ipynb #feede1a2
+# %% ../nbs/13_memory.ipynb #623ade6b
 def _train(model, s:Setting, rows, steps, optimizer="adamw"):
     "Plain steps on random tokens; yields after each"
     opt = make_optimizer(model, optimizer if optimizer != "sgd" else torch.optim.SGD, lr=1e-4)
@@ -459,13 +467,14 @@ def _train(model, s:Setting, rows, steps, optimizer="adamw"):
         opt.zero_grad()
         yield
 
+# %% ../nbs/13_memory.ipynb #b5d5511e
 def _resident():
     "Bytes of this process in memory, after giving back what it can"
     gc.collect()
     with contextlib.suppress(OSError, AttributeError): ctypes.CDLL("libc.so.6").malloc_trim(0)
     return _status("VmRSS")
 
-# %% ../nbs/13_memory.ipynb #10be81c8
+# %% ../nbs/13_memory.ipynb #f7082379
 def _warm(s):
     "Train a toy with the same code, so that libraries and their workspaces are in memory"
     toy = copy.deepcopy(s.model)
@@ -477,6 +486,7 @@ def _warm(s):
     with checkpointed(model, s.checkpointing):
         for _ in _train(model, replace(s, length=64), 2, 2, s.optimizer): pass
 
+# %% ../nbs/13_memory.ipynb #d999d9ed
 def measure_here(job:dict) -> dict: # peak bytes, seconds of the last step
     "Train the bundled model in this process by the fields of `Setting` in `job`"
     job = {k: getattr(torch, v) if k in ("dtype", "trained") else v for k, v in job.items()}
@@ -492,7 +502,7 @@ def measure_here(job:dict) -> dict: # peak bytes, seconds of the last step
         marks = [m.seconds for _ in _train(model, s, s.batch, 2, s.optimizer)]
     return dict(bytes=m.peak_bytes - before, seconds=marks[1] - marks[0])
 
-# %% ../nbs/13_memory.ipynb #2c431815
+# %% ../nbs/13_memory.ipynb #b41fdecc
 def _serve():
     "Read jobs, a line of JSON each; fork for each, and write its result as a line"
     for line in sys.stdin:
@@ -506,6 +516,7 @@ def _serve():
         print(os.fdopen(r).readline() or '{"error": "the process died"}', end="", flush=True)
         os.waitpid(pid, 0)
 
+# %% ../nbs/13_memory.ipynb #80960d90
 def measure(
     jobs:list, # of dicts: fields of `Setting` (formats by name, "float32") but the model
 ) -> list: # of dicts with `bytes` at the peak and `seconds` of a step, in the same order
@@ -520,7 +531,7 @@ def measure(
         f"A setting could not be measured: {bad or done.stderr[-300:]}")
     return out
 
-# %% ../nbs/13_memory.ipynb #477afab1
+# %% ../nbs/13_memory.ipynb #e7699951
 def card(gpu) -> GPU:
     "A `GPU` by name, or itself"
     return GPUS[gpu] if isinstance(gpu, str) else gpu
@@ -529,6 +540,7 @@ def fits(p:Plan, gpu) -> bool:
     "Whether the card has room for what the plan needs"
     return p.needs <= card(gpu).gib*2**30
 
+# %% ../nbs/13_memory.ipynb #0aeaeb52
 def largest_batch(p:Plan, gpu) -> int: # 0 if not even one row fits
     "The most rows in a micro-batch that fit, by doubling and then halving the gap"
     def ok(b): return fits(plan_setting(replace(p.setting, batch=b), gpu, p.efficiency), gpu)
@@ -539,9 +551,9 @@ def largest_batch(p:Plan, gpu) -> int: # 0 if not even one row fits
         low, high = (middle, high) if ok(middle) else (low, middle)
     return low
 
-# %% ../nbs/13_memory.ipynb #c85ecdb6
+# %% ../nbs/13_memory.ipynb #2fa3f0f8
 def this_machine() -> GPU: # a CUDA card, or the processor
-    "The machine in front of you: its memory, its matrix products measured; the price is yours to put"
+    "The machine in front of you: its memory, its matrix products measured; no price"
     from ftcourse.speed import matmul_peak
     if torch.cuda.is_available():
         about = torch.cuda.get_device_properties(0)
@@ -550,6 +562,7 @@ def this_machine() -> GPU: # a CUDA card, or the processor
     ram = os.sysconf("SC_PAGE_SIZE")*os.sysconf("SC_PHYS_PAGES")
     return GPU("this CPU", ram/2**30, matmul_peak()/1e12, 0.)
 
+# %% ../nbs/13_memory.ipynb #06829e6e
 def card_table(p:Plan, cards=(*GPUS,)) -> list: # of dicts
     "For each card: does it fit, the largest batch, speed at that batch, price of a million tokens"
     rows = []
@@ -561,7 +574,7 @@ def card_table(p:Plan, cards=(*GPUS,)) -> list: # of dicts
             dollars=g.price*1e6/q.tokens_per_s/3600 if b else float("nan")))
     return rows
 
-# %% ../nbs/13_memory.ipynb #568bdc8a
+# %% ../nbs/13_memory.ipynb #e0341445
 def changes(s:Setting) -> list: # of (what, new `Setting`, whether the result stays the same)
     "What could be changed to save memory"
     tries = [("activation checkpointing", dict(checkpointing=True), True),
@@ -576,8 +589,9 @@ def changes(s:Setting) -> list: # of (what, new `Setting`, whether the result st
     if s.r is None: tries.append(("LoRA, r = 8", dict(r=8, trained=torch.float32), False))
     else: tries.append(("frozen weights in 4 bits", dict(quantization="nf4-double"), False))
     out = [(what, replace(s, **new), same) for what, new, same in tries]
-    return [(w, n, k) for w, n, k in out if n != s and not (w.startswith("half the b") and s.batch < 2)]
+    return [o for o in out if o[1] != s and (s.batch > 1 or not o[0].startswith("half the batch"))]
 
+# %% ../nbs/13_memory.ipynb #b6dc401d
 def suggest(p:Plan, gpu) -> list: # of dicts, the largest saving first
     "Each change alone: bytes saved, whether it fits then, and the time that a token takes more"
     p = plan_setting(p.setting, gpu, p.efficiency)
@@ -586,14 +600,15 @@ def suggest(p:Plan, gpu) -> list: # of dicts, the largest saving first
                         time=p.tokens_per_s/q.tokens_per_s - 1, same_result=same, plan=q)
                    for w, q, same in tried if q.needs < p.needs), key=lambda d: -d["saves"])
 
-# %% ../nbs/13_memory.ipynb #d9bce989
+# %% ../nbs/13_memory.ipynb #dc33e9bf
 def make_fit(p:Plan, gpu) -> tuple: # (changes in order, the last plan)
     "Change what saves most until it fits, first what leaves the result the same; may not succeed"
     done = []
     while not fits(p, gpu):
         options = suggest(p, gpu)
         if not options: break
-        best = next((o for o in options if o["same_result"] and o["saves"] > .02*p.needs), options[0])
+        free = (o for o in options if o["same_result"] and o["saves"] > .02*p.needs)
+        best = next(free, options[0])
         done.append({k: v for k, v in best.items() if k != "plan"})
         p = best["plan"]
     return done, p
@@ -630,7 +645,7 @@ def planner(model:str="Llama-3.1-8B", **start): # widgets; `start`: r, batch, le
     show()
     return w.HBox([w.VBox([*ui.values()]), out])
 
-# %% ../nbs/13_memory.ipynb #13d390c9
+# %% ../nbs/13_memory.ipynb #6797233f
 def bar_html(p:Plan, gpu:GPU) -> str: # HTML
     "The parts at the peak as a bar; the frame is the card"
     room = gpu.gib*2**30
@@ -642,6 +657,7 @@ def bar_html(p:Plan, gpu:GPU) -> str: # HTML
             f"<div style='width:{100*room/wide:.1f}%;border-top:3px solid #444;font-size:80%'>"
             f"{gpu.name}, {gpu.gib:.0f} GiB</div></div>")
 
+# %% ../nbs/13_memory.ipynb #b7b76fd6
 def planner_html(model, method, r, batch, length, checkpointing, loss, optimizer, gpu) -> str:
     "What `planner` shows: verdict, bar, table"
     with warnings.catch_warnings(record=True) as said:
