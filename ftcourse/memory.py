@@ -338,10 +338,8 @@ GPUS = {g.name: g for g in (
     GPU("A6000", 47.4, 155, .82), GPU("A100", 79.2, 312, 1.79), GPU("H100", 79.1, 989, 3.99))}
 CONTEXT, SLACK = .5e9, .05   # CUDA's own; the allocator's waste, as a share of what isn't weights
 
-# %% ../nbs/13_memory.ipynb #938743eb
+# %% ../nbs/13_memory.ipynb #0b233c47
 @dataclass(frozen=True)
-
-# %% ../nbs/13_memory.ipynb #a1869f8c
 class Plan:
     "What a run needs"
     setting:Setting; trainable:int; total:int; moments:dict; kept:float
