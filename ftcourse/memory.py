@@ -430,7 +430,7 @@ def plan_html(p:Plan) -> str: # HTML
 
 Plan._repr_html_ = plan_html
 
-# %% ../nbs/13_memory.ipynb #0841c7b8
+# %% ../nbs/13_memory.ipynb #782396d3
 def plot_plans(
     plans:dict, # label → `Plan`
     cards=(), # names in `GPUS`, drawn as lines
@@ -446,7 +446,7 @@ def plot_plans(
         left = [a + b for a, b in zip(left, wide)]
     for c in map(GPUS.get, cards):
         ax.axvline(c.gib*2**30/1e9, color="#555555", lw=1, ls=":")
-        ax.text(c.gib*2**30/1e9, -.75, c.name, ha="center", fontsize=8)
+        ax.text(c.gib*2**30/1e9, -.6, c.name, ha="left", fontsize=8, rotation=25)
     ax.invert_yaxis()
     ax.set(xlabel="GB at the peak")
     ax.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
