@@ -17,11 +17,10 @@ import contextlib, copy, ctypes, gc, html, json, os, subprocess, sys, warnings, 
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-# %% ../nbs/13_memory.ipynb #8970c6f2
+# %% ../nbs/13_memory.ipynb #b316a182
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (AttentionInterface, AutoConfig, AutoModelForCausalLM,
                           AutoModelForSeq2SeqLM, PreTrainedConfig, pytorch_utils)
 from .lora import add_lora
@@ -118,7 +117,14 @@ def meta_math(module, q, k, v, attention_mask, scaling=None, **kw):
 AttentionInterface.register("meta_fused", meta_fused)
 AttentionInterface.register("meta_math", meta_math)
 
-# %% ../nbs/13_memory.ipynb #a051d8eb
+# %% ../nbs/13_memory.ipynb #4f74109b
+def _tensors(xs):
+    "The tensors in `xs` and in lists in it"
+    for x in xs:
+        if isinstance(x, torch.Tensor): yield x
+        elif isinstance(x, (list, tuple)): yield from _tensors(x)
+
+# %% ../nbs/13_memory.ipynb #76422eab
 class Ledger(TorchDispatchMode):
     "While it is on: the bytes of all tensors made since, as they come and go, and the most so far"
     def __init__(self):
@@ -131,10 +137,8 @@ class Ledger(TorchDispatchMode):
 
     def __torch_dispatch__(self, f, types, args=(), kwargs=None):
         out = f(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs))
-                  if isinstance(t, torch.Tensor)}
-        for t in tree_leaves(out):
-            if isinstance(t, torch.Tensor): self._note(t.untyped_storage(), inputs)
+        inputs = {t.untyped_storage()._cdata for t in _tensors(args)}
+        for t in _tensors((out,)): self._note(t.untyped_storage(), inputs)
         self.peaks[self.phase] = max(self.peaks.get(self.phase, 0), self.live)
         return out
 
@@ -328,13 +332,13 @@ def moments(s:Setting, c:Counts, t:Trace) -> dict: # moment → part → bytes
                          "logits and workspace": t.backward + unpacked},
             "step": {**base, "gradients": item*n}}
 
-# %% ../nbs/13_memory.ipynb #3ba272b6
+# %% ../nbs/13_memory.ipynb #eb3ef84b
 class GPU(NamedTuple):
     "A card: memory as PyTorch sees it, dense 16-bit matrix products, a price"
     name:str; gib:float; tflops:float; price:float   # GiB, 1e12 operations a second, $ an hour
 
 GPUS = {g.name: g for g in (
-    GPU("T4", 14.6, 65, .53), GPU("L4", 22.0, 121, .81), GPU("RTX 4090", 23.5, 165, .69),
+    GPU("T4", 14.6, 65, .53), GPU("L4", 22.0, 121, .81), GPU("RTX 4090", 23.5, 165, .29),
     GPU("A6000", 47.4, 155, .82), GPU("A100", 79.2, 312, 1.79), GPU("H100", 79.1, 989, 3.99))}
 CONTEXT, SLACK = .5e9, .05   # CUDA's own; the allocator's waste, as a share of what isn't weights
 
