@@ -1,6 +1,6 @@
 """How fast the metrics are beside the libraries they equal, on real outputs, equal numbers checked first; and the bootstrap.
 
-    make bench                                            # this, then bench_training.py
+    make bench                                            # this, then bench_memory.py and bench_training.py
     python tests/benchmarks/bench_metrics.py              # three rounds; `--rounds 5` for more
     python tests/benchmarks/bench_metrics.py --system chen
 
