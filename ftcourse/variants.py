@@ -287,6 +287,19 @@ def _build(found, kind, r, alpha, dropout, seed):
         raise
     return new
 
+# %% ../nbs/09c_variants.ipynb #9e6be94e
+def _put_on(model, new, whole, config):
+    config.was = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in whole.items()}
+    own = {n: {k for k, _ in m.named_parameters() if not k.startswith("base.")}
+           for n, m in new.items()}
+    model.requires_grad_(False)
+    for n, layer in new.items():
+        model.set_submodule(n, layer.train(model.training))
+        for k, p in layer.named_parameters(): p.requires_grad_(k in own[n])
+    for m in whole.values(): m.requires_grad_(True)
+    model.lora_config = config
+    return model
+
 # %% ../nbs/09c_variants.ipynb #0cc7ced1
 def adapt(
     model, # changed in place, or not at all
@@ -310,18 +323,6 @@ def adapt(
     return _put_on(model, _build(found, kind, r, alpha, dropout, seed), whole,
                    VariantConfig(r, alpha, dropout, list(found), getattr(model, "name_or_path", ""),
                                  kind, seed, list(whole)))
-
-def _put_on(model, new, whole, config):
-    config.was = {n: {k: t.clone() for k, t in m.state_dict().items()} for n, m in whole.items()}
-    own = {n: {k for k, _ in m.named_parameters() if not k.startswith("base.")}
-           for n, m in new.items()}
-    model.requires_grad_(False)
-    for n, layer in new.items():
-        model.set_submodule(n, layer.train(model.training))
-        for k, p in layer.named_parameters(): p.requires_grad_(k in own[n])
-    for m in whole.values(): m.requires_grad_(True)
-    model.lora_config = config
-    return model
 
 # %% ../nbs/09c_variants.ipynb #b06888e9
 def _parts(name, layer) -> dict: # key in the file -> tensor
