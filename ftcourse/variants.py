@@ -478,6 +478,7 @@ def taken(model) -> Adapter:
     return Adapter({n: (m.lora_A.detach().clone(), m.lora_B.detach().clone(), m.scaling)
                     for n, m in layers.items()})
 
+# %% ../nbs/09c_variants.ipynb #b02e1d41
 def wear(model, adapter:Adapter):
     "Put `adapter` on in place of what `model` wears. Raises ValueError if it is for other layers"
     layers = lora_layers(model)
