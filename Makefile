@@ -48,9 +48,9 @@ lessons: setup ## run every lesson and save what it shows: tens of minutes on tw
 	@$(PY) tools/lessons.py
 	@$(VENV)/bin/nbdev-clean
 
-test: setup ## every test: about 35 minutes on two cores
+test: setup ## every test: about 50 minutes on two cores
 	@$(PY) tools/setup.py --browser
-	@echo "Running every test, the lessons among them: about 35 minutes on two cores …"
+	@echo "Running every test, the lessons among them: about 50 minutes on two cores …"
 	@$(PY) -m pytest -q
 
 docs: setup ## the site, without Quarto, into _proc/_docs: about 10 seconds
