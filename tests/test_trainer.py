@@ -217,7 +217,8 @@ def test_bundled_model_in_float32(engine, rows, tok):
         return lora.add_lora(models.load(dtype=torch.float32)[0], r=8, alpha=16)
     some = sorted(rows, key=lambda r: len(r["input"] + r["output"]))[:4]
     a, ours, b, theirs = pair(some, tok, engine, model=model, max_tokens=128, accumulate=2)
-    assert len(ours.steps) >= 2 and steps(ours, "loss") == pytest.approx(steps(theirs, "loss"), abs=1e-4)
+    # Adam's first step turns rounding near zero into whole steps, and processors round differently
+    assert len(ours.steps) >= 2 and steps(ours, "loss") == pytest.approx(steps(theirs, "loss"), rel=1e-4)
     assert steps(ours, "norm") == pytest.approx(steps(theirs, "norm"), rel=1e-3)
     assert (weights(a) - weights(b)).norm() < .03*(weights(a) - weights(model())).norm()
 
