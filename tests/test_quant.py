@@ -515,10 +515,11 @@ def test_peak_memory_of_a_step():
     import ctypes, gc
     from ftcourse.runtime import Meter
     if sys.platform != "linux": pytest.skip("needs /proc")
+    try: ctypes.CDLL(None).mallopt(-3, 2**18)   # M_MMAP_THRESHOLD: what is freed goes back at once, so that the peak is what was held
+    except (OSError, AttributeError): pytest.skip("needs glibc")
     def peak(model):
         gc.collect()
-        try: ctypes.CDLL(None).malloc_trim(0)
-        except (OSError, AttributeError): pytest.skip("needs glibc")
+        ctypes.CDLL(None).malloc_trim(0)
         with Meter() as idle: pass
         with Meter() as m: model(randn(8, 1024).requires_grad_()).sum().backward()
         return m.peak_bytes - idle.peak_bytes, idle.peak_bytes
@@ -529,7 +530,7 @@ def test_peak_memory_of_a_step():
     peak(model)
     extra4, idle4 = peak(model)
     assert idle - idle4 > .7*12*4*2**20, (idle, idle4)      # most of the 43.5 MB
-    assert extra4 < extra + 9*4*2**20, (extra, extra4)      # a few, and never twelve, float weights at once
+    assert extra4 < extra + 3*4*2**20, (extra, extra4)      # two float weights at once, and never twelve
 
 
 @pytest.mark.cuda
