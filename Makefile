@@ -1,5 +1,7 @@
 # Two commands matter: `make course` and `make test`. `make` alone lists the rest.
 VENV ?= .venv
+# Processes of `make test`, a thread each
+WORKERS ?= 2
 PY := $(VENV)/bin/python
 # The first of these that is Python 3.11 or newer and can make environments; PYTHON=/path/to/python3 names another
 CANDIDATES := python3.13 python3.12 python3.11 python3.14 python3 python
@@ -48,10 +50,10 @@ lessons: setup ## run every lesson and save what it shows: tens of minutes on tw
 	@$(PY) tools/lessons.py
 	@$(VENV)/bin/nbdev-clean
 
-test: setup ## every test: about 50 minutes on two cores
+test: setup ## every test: about 45 minutes on two cores
 	@$(PY) tools/setup.py --browser
-	@echo "Running every test, the lessons among them: about 50 minutes on two cores …"
-	@$(PY) -m pytest -q
+	@echo "Running every test, the lessons among them: about 45 minutes on two cores …"
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup
 
 docs: setup ## the site, without Quarto, into _proc/_docs: about 10 seconds
 	@$(PY) tools/pages.py

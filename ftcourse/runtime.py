@@ -63,12 +63,12 @@ model = HuggingFaceTB/SmolLM2-1.7B-Instruct
 max_tokens = 16384
 batch_size = 128
 [test]
-train_rows = 64
-valid_rows = 16
-test_rows = 24
+train_rows = 40
+valid_rows = 8
+test_rows = 12
 shots = 2
 epochs = 1
-max_new_tokens = 24
+max_new_tokens = 16
 """
 
 # %% ../nbs/01_runtime.ipynb #d03aaa98

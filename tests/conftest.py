@@ -22,6 +22,9 @@ def pytest_collection_modifyitems(items):
     "Cheap tests first, lessons last; those marked `cuda` wait for a GPU"
     last = ("test_site.py", "test_notebooks.py")
     items.sort(key=lambda i: last.index(i.path.name) + 1 if i.path.name in last else 0)
+    for i in items:   # under `-n 2` a file stays in one process, for its fixtures' sake; lessons go one by one
+        if i.config.pluginmanager.hasplugin("xdist") and i.path.name != "test_notebooks.py":
+            i.add_marker(pytest.mark.xdist_group(i.path.stem))
     if not any(i.get_closest_marker("cuda") for i in items): return
     import torch
     if torch.cuda.is_available(): return

@@ -6,9 +6,9 @@ root = Path(__file__).resolve().parent.parent
 
 
 def test_tuning_beats_the_best_prompt_on_every_task(tmp_path):
-    env = dict(os.environ, FTCOURSE_PROFILE="cpu", FTCOURSE_CORPUS="desk", FTCOURSE_TRAIN_ROWS="500", FTCOURSE_EPOCHS="2",
-               FTCOURSE_VALID_ROWS="20", FTCOURSE_TEST_ROWS="100", FTCOURSE_RUNS=str(tmp_path), HF_HUB_OFFLINE="1")
-    done = subprocess.run([sys.executable, "tools/course.py"], cwd=root, env=env, capture_output=True, text=True, timeout=1500)
+    env = dict(os.environ, FTCOURSE_PROFILE="cpu", FTCOURSE_CORPUS="desk", FTCOURSE_TRAIN_ROWS="300", FTCOURSE_EPOCHS="2", FTCOURSE_SHOTS="2",
+               FTCOURSE_VALID_ROWS="10", FTCOURSE_TEST_ROWS="60", FTCOURSE_RUNS=str(tmp_path), HF_HUB_OFFLINE="1")
+    done = subprocess.run([sys.executable, "tools/course.py"], cwd=root, env=env, capture_output=True, text=True, timeout=2400)
     assert done.returncode == 0, done.stderr[-2000:]
     scores = json.loads((tmp_path/"desk"/"scores.json").read_text(encoding="utf-8"))
     for metric in ("route/accuracy", "route/f1_macro", "answer/bleu", "answer/rouge_l"):

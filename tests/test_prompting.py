@@ -4,13 +4,17 @@ import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from ftcourse import corpora, formats, models, prompting
 from ftcourse.formats import render
+from shallow import shallow
 from ftcourse.prompting import answer, cost, generate, left_pad, pick_shots, request, shared_prefix
 
 NEW = 6
 
 
 @pytest.fixture(scope="module")
-def m32(): return models.load(dtype=torch.float32)[0]
+def m32(): return shallow(12, dtype=torch.float32)
+
+@pytest.fixture(scope="module")
+def whole(): return models.load(dtype=torch.float32)[0]
 
 @pytest.fixture(scope="module")
 def tok(): return models.load()[1]
@@ -42,7 +46,7 @@ def real(m32, tok, desk):
 def test_answers_are_those_of_transformers(m32, tok, real):
     prompts, want = real
     lengths = [len(i) for i in tok(prompts, add_special_tokens=False).input_ids]
-    assert len(prompts) >= 20 and max(lengths) > 4*min(lengths) and len(set(want)) > 12
+    assert len(prompts) >= 20 and max(lengths) > 4*min(lengths) and len(set(want)) > 6
     assert generate(m32, tok, prompts, NEW) == want
 
 
@@ -91,9 +95,10 @@ def test_very_short_answers(m32, tok, real, n):
 
 # ---------- stopping
 
-def test_an_answer_stops_at_the_end_token_and_the_others_go_on(m32, tok, real):
+def test_an_answer_stops_at_the_end_token_and_the_others_go_on(whole, tok, real):
+    "The whole model: one that is cut never comes to an end"
     ps = real[0][16:19] + real[0][6:7]   # greetings and sums end soon, a reply to a customer doesn't
-    got, want = generate(m32, tok, ps, 16), [theirs(m32, tok, p, 16) for p in ps]
+    got, want = generate(whole, tok, ps, 16), [theirs(whole, tok, p, 16) for p in ps]
     long = [len(tok(a, add_special_tokens=False).input_ids) >= 15 for a in want]
     assert any(long) and not all(long)
     assert got == want and not any(t in a for a in got for t in tok.all_special_tokens)

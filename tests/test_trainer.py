@@ -5,6 +5,7 @@ import pytest, torch
 for _package in ("accelerate", "peft"): pytest.importorskip(_package)
 import peft, transformers
 from transformers import AutoConfig, AutoModelForCausalLM, TrainerCallback
+from shallow import shallow
 from ftcourse import corpora, lora, models, trainer, training
 from ftcourse.formats import collate, encode_all
 from ftcourse.runtime import seed_everything
@@ -214,7 +215,7 @@ def test_another_order_would_be_seen(rows, tok):
 def test_bundled_model_in_float32(engine, rows, tok):
     def model():
         seed_everything(0)
-        return lora.add_lora(models.load(dtype=torch.float32)[0], r=8, alpha=16)
+        return lora.add_lora(shallow(dtype=torch.float32), r=8, alpha=16)
     some = sorted(rows, key=lambda r: len(r["input"] + r["output"]))[:4]
     a, ours, b, theirs = pair(some, tok, engine, model=model, max_tokens=128, accumulate=2)
     # Adam's first step turns rounding near zero into whole steps, and processors round differently
@@ -226,7 +227,7 @@ def test_bundled_model_in_float32(engine, rows, tok):
 def test_bundled_model_in_bf16(rows, tok):
     def model():
         seed_everything(0)
-        return lora.add_lora(models.load(dtype=torch.bfloat16)[0], r=8, alpha=16)
+        return lora.add_lora(shallow(dtype=torch.bfloat16), r=8, alpha=16)
     some = sorted(rows, key=lambda r: len(r["input"] + r["output"]))[:4]
     _, ours, _, theirs = pair(some, tok, "trainer", model=model, max_tokens=128, accumulate=2)
     assert steps(ours, "loss") == pytest.approx(steps(theirs, "loss"), abs=.1)
