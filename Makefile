@@ -53,7 +53,7 @@ lessons: setup ## run every lesson and save what it shows: tens of minutes on tw
 test: setup ## every test: about 45 minutes on two cores
 	@$(PY) tools/setup.py --browser
 	@echo "Running every test, the lessons among them: about 45 minutes on two cores …"
-	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q -n $(WORKERS) --dist loadgroup
+	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q --durations=25 -n $(WORKERS) --dist loadgroup
 
 docs: setup ## the site, without Quarto, into _proc/_docs: about 10 seconds
 	@$(PY) tools/pages.py
