@@ -230,7 +230,7 @@ def _distinct(names):
     if not names: raise ValueError("the header can't be read: is a quote left open?")
     return names
 
-# %% ../nbs/04b_conversations.ipynb #2a6f1ba3
+# %% ../nbs/04b_conversations.ipynb #388c7193
 def _decoder(twice):
     "A JSON decoder that notes keys that stand twice in one object"
     def hook(pairs):
@@ -247,7 +247,7 @@ def _jsonl_rows(f):
     for n, line in enumerate(f, 1):
         if not line.strip(): continue
         twice.clear()
-        try: rec, why = decode(line), None
+        try: rec, why = decode(line.rstrip()), None
         except json.JSONDecodeError as e:
             cut = " (is the line cut off?)" * (e.pos >= len(line.rstrip())-1 or "Untermin" in e.msg)
             rec, why = line, f"not JSON: {e.msg} at column {e.colno}{cut}"
@@ -276,7 +276,7 @@ class _Window:
 
     def fail(self, at, why): raise ValueError("line {}, column {}: {}".format(*self.where(at), why))
 
-# %% ../nbs/04b_conversations.ipynb #a30b07a1
+# %% ../nbs/04b_conversations.ipynb #ab88f156
 @patch
 def value(self:_Window, decode, twice): # (value, where its text ends)
     "The JSON value that begins here; as much is fetched as it needs"
@@ -288,7 +288,8 @@ def value(self:_Window, decode, twice): # (value, where its text ends)
             at = e.pos - self.pos
             cut = e.msg.startswith("Unterminated") or e.pos > len(self.text) - 16
             if cut and self.more(): continue
-            self.fail(self.pos + at, f"not JSON: {e.msg}" + " (is the file cut off?)"*cut)
+            ends = "Untermin" in e.msg or not self.text[self.pos + at:].strip()
+            self.fail(self.pos + at, f"not JSON: {e.msg}" + " (is the file cut off?)"*ends)
         if end < len(self.text): return rec, end
         size = end - self.pos
         if not self.more(): return rec, self.pos + size   # or else it may go on: look again
@@ -344,7 +345,7 @@ def _rows(path, encoding):
         except UnicodeDecodeError as e:
             raise ValueError(f"the bytes are not {e.encoding} ({e.reason})") from None
 
-# %% ../nbs/04b_conversations.ipynb #d498665f
+# %% ../nbs/04b_conversations.ipynb #a99ef14d
 class _BadRows:
     "Bad rows, counted; in a file of their own, or the first ten in an error"
     def __init__(self, source, to):
@@ -364,7 +365,7 @@ class _BadRows:
     def done(self):
         "Give the file its name, or raise"
         if self.file: self.file.close(); os.replace(self.tmp, self.to)
-        elif self.n: raise ValueError(f"{self.n:,} bad rows:\n  " + "\n  ".join(self.first) +
+        elif self.n: raise ValueError(f"{self.n:,} bad row{'s' * (self.n > 1)}:\n  " + "\n  ".join(self.first) +
             "\n  …"*(self.n > 10) + "\nMend them, or set them aside with bad_rows='bad.jsonl'")
 
     def drop(self):
@@ -566,7 +567,7 @@ def texts(
     self.plain = self._fill(self.shapes[roles], messages) == true
     return true
 
-# %% ../nbs/04b_conversations.ipynb #ae1f38a3
+# %% ../nbs/04b_conversations.ipynb #be7e6032
 def _join(prompts, answers, learn): # lists of ids; which answers are learnt
     "Rows in which each answer stands after its own prompt, as few as possible"
     rows = []
@@ -580,6 +581,19 @@ def _join(prompts, answers, learn): # lists of ids; which answers are learnt
     return [r for r in rows if any(l != -100 for l in r["labels"])]
 
 @patch
+def _tokens(self:ChatEncoder, texts):
+    "Text → token ids, each different text once; nothing is added, nothing cut"
+    once = list(dict.fromkeys(texts))
+    fast = getattr(self.tokenizer, "backend_tokenizer", None)
+    if fast is None: ids = self.tokenizer(once, add_special_tokens=False, verbose=False).input_ids
+    else:
+        fast.no_padding(), fast.no_truncation()   # an earlier call may have left them on
+        fast.encode_special_tokens = False        # a special token in the template is one token
+        ids = [e.ids for e in fast.encode_batch_fast(once, add_special_tokens=False)]
+    return dict(zip(once, ids))
+
+# %% ../nbs/04b_conversations.ipynb #6ae2d818
+@patch
 def stream(
     self:ChatEncoder,
     talks, # conversations, any iterable
@@ -589,11 +603,9 @@ def stream(
     talks, number = iter(talks), itertools.count()
     while group := list(itertools.islice(talks, batch)):
         pairs = [self.texts(m) for m in group]
-        flat = [t for talk in pairs for pair in talk for t in pair]
-        ids = iter(self.tokenizer(flat, add_special_tokens=False, verbose=False,
-                                  return_attention_mask=False).input_ids)
+        ids = self._tokens([t for talk in pairs for pair in talk for t in pair])
         for messages, talk in zip(group, pairs):
-            both = [(next(ids), next(ids)) for _ in talk]
+            both = [(ids[prompt], ids[answer]) for prompt, answer in talk]
             learn = [m.get("weight", 1) for m in messages if m["role"] == "assistant"]
             yield next(number), _join(*zip(*both), learn)
 
@@ -644,7 +656,7 @@ def _legend():
     return " ".join([*(box(w, w) for w in SPEAKERS), box("template", "special", -100, True),
                      box("assistant", "asked for", 0)])
 
-# %% ../nbs/04b_conversations.ipynb #c4f57913
+# %% ../nbs/04b_conversations.ipynb #cb8ebb29
 @patch
 def view(
     self:ChatEncoder,
@@ -654,13 +666,17 @@ def view(
     "Token by token: who speaks, what is asked for, what is special"
     t, boxes = self.tokenizer, []
     kw = dict(add_special_tokens=False, verbose=False, return_offsets_mapping=True)
-    turns = [(t(p, **kw), len(p), t(a, **kw), who) for p, a, who in self.speakers(messages)]
+    turns = [(t(p, **kw), len(p), t(a, **kw), p + a, who) for p, a, who in self.speakers(messages)]
     for row in self(messages):
-        p, n, a, who = next(x for x in turns if x[0].input_ids + x[2].input_ids == row["input_ids"])
-        at = [s for s, _ in p.offset_mapping] + [n + s for s, _ in a.offset_mapping]
-        cells = list(zip(row["input_ids"], row["labels"], at))
-        boxes.append("".join(_box(i, l, t.decode([i]), who[s], i in t.added_tokens_decoder)
-                             for i, l, s in cells[:most])
+        p, n, a, text, who = next(x for x in turns
+                                  if x[0].input_ids + x[2].input_ids == row["input_ids"])
+        at = p.offset_mapping + [(n+s, n+e) for s, e in a.offset_mapping]
+        cells = list(zip(row["input_ids"], row["labels"], at, [None, *at]))
+        def said(i, place, before):   # a token may be half a character: show it once
+            piece, whole = t.decode([i]), text[slice(*place)]
+            return piece if "\ufffd" not in piece else "‥" if place == before else whole
+        boxes.append("".join(_box(i, l, said(i, s, b), who[s[0]], i in t.added_tokens_decoder)
+                             for i, l, s, b in cells[:most])
                      + f" … and {len(cells)-most:,} more tokens"*(len(cells) > most))
     body = "<hr style='opacity:.3'>".join(boxes)
     return f"<div style='font-family:monospace;line-height:2.1'>{_legend()}<hr>{body}</div>"
@@ -733,7 +749,7 @@ def shorten(
         raise ValueError(f"head {head} and overlap {lap} leave nothing of max_length {max_length}")
     return [s for r in rows for s in ([r] if len(r["labels"]) <= max_length else ways[how](r))]
 
-# %% ../nbs/04b_conversations.ipynb #b9c39a7f
+# %% ../nbs/04b_conversations.ipynb #4ce5016c
 def length_report(
     rows:list[dict], # encoded
     max_length:int,
@@ -742,14 +758,15 @@ def length_report(
     "What each way of shortening leaves, and loses"
     import pandas as pd
     n_asked = lambda rs: sum(l != -100 for r in rs for l in r["labels"])
-    def ends(rs): return sum(r["labels"][-1] != -100 for r in rs)
-    all_, out = n_asked(rows), {}
+    long, out = [r for r in rows if len(r["labels"]) > max_length], {}
     for how in ("cut", "drop", "keep_end", "window"):
-        new = shorten(rows, max_length, how, head)
-        out[how] = {"rows": len(new), "asked tokens lost": all_ - n_asked(new),
-                    "answers without their end": ends(rows) - ends(new) if how != "drop" else 0,
-                    "rows with nothing asked": sum(n_asked([r]) == 0 for r in new),
-                    "rows lost": sum(len(r["labels"]) > max_length for r in rows)*(how == "drop")}
+        new = [shorten([r], max_length, how, head) for r in long]
+        out[how] = {"rows": len(rows) - len(long) + sum(map(len, new)),
+            "rows lost": sum(not pieces for pieces in new),
+            "asked tokens lost": n_asked(long) - sum(map(n_asked, new)),
+            "answers without their end": sum(p[-1]["labels"][-1] != r["labels"][-1]
+                                             for r, p in zip(long, new) if p),
+            "rows with nothing asked": sum(not n_asked([p]) for pieces in new for p in pieces)}
     return pd.DataFrame(out).T
 
 # %% ../nbs/04b_conversations.ipynb #31ce402e
