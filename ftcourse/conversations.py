@@ -7,7 +7,8 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/conversations.html.md"""
 # %% auto #0
 __all__ = ['ROLES', 'RECORDS', 'ODD', 'UNREAD', 'ROWS', 'LOOP', 'TEMPLATES', 'STRIPS', 'ABOUT_TYPE', 'SLOT', 'SPEAKERS', 'BOX',
            'sniff', 'check_messages', 'to_conversation', 'conversations', 'dress', 'ChatEncoder', 'copies_content',
-           'browse', 'check_rows', 'shorten', 'length_report', 'bins', 'block_mask', 'collate_blocks']
+           'cuts_at_special', 'browse', 'check_rows', 'shorten', 'length_report', 'bins', 'block_mask',
+           'collate_blocks']
 
 # %% ../nbs/04b_conversations.ipynb #842e3691
 import csv, html, itertools, json, os, re, unicodedata
@@ -454,14 +455,15 @@ def dress(
     out.chat_template = template
     return out
 
-# %% ../nbs/04b_conversations.ipynb #4244729b
+# %% ../nbs/04b_conversations.ipynb #cf4d6467
 class ChatEncoder:
     "Conversations → token ids and labels, exact under the tokenizer's chat template"
     def __init__(self, tokenizer):
         added = {a.content for a in tokenizer.added_tokens_decoder.values() if a.special}
         special = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self.tokenizer, self.special = tokenizer, re.compile("|".join(map(re.escape, special)))
-        self.plain, self.shapes = copies_content(tokenizer.chat_template), {}
+        self.tokenizer, self.special = tokenizer, re.compile(f"({'|'.join(map(re.escape, special))})")
+        self.plain, self.shapes = copies_content(tokenizer.chat_template), {}   # see below, both
+        self.clean, self.known = cuts_at_special(tokenizer), {}
 
 @patch
 def turns(
@@ -567,7 +569,7 @@ def texts(
     self.plain = self._fill(self.shapes[roles], messages) == true
     return true
 
-# %% ../nbs/04b_conversations.ipynb #be7e6032
+# %% ../nbs/04b_conversations.ipynb #fcf4c97a
 def _join(prompts, answers, learn): # lists of ids; which answers are learnt
     "Rows in which each answer stands after its own prompt, as few as possible"
     rows = []
@@ -580,17 +582,38 @@ def _join(prompts, answers, learn): # lists of ids; which answers are learnt
         row["labels"] += [-100]*len(new) + (answer if yes else [-100]*len(answer))
     return [r for r in rows if any(l != -100 for l in r["labels"])]
 
+# %% ../nbs/04b_conversations.ipynb #067ae81f
+def cuts_at_special(
+    tokenizer,
+) -> bool:
+    "Is a text between two special tokens tokenised whatever stands around it?"
+    fast = getattr(tokenizer, "backend_tokenizer", None)
+    if fast is None: return False
+    state = b"".join(x.__getstate__() for x in (fast.normalizer, fast.pre_tokenizer) if x).decode()
+    steps = set(re.findall(r'"type": ?"(\w+)"', state))
+    return (steps <= {"Sequence", "ByteLevel", "Digits", "Split", "NFC"}
+            and not re.search(r'"add_prefix_space": ?true', state)
+            and not any(a.lstrip or a.rstrip or a.single_word
+                        for a in tokenizer.added_tokens_decoder.values()))
+
+# %% ../nbs/04b_conversations.ipynb #9fdf644a
 @patch
 def _tokens(self:ChatEncoder, texts):
-    "Text → token ids, each different text once; nothing is added, nothing cut"
-    once = list(dict.fromkeys(texts))
+    "Text → token ids; nothing is added, nothing cut, and no piece is tokenised twice"
+    parts = {t: [s for s in (self.special.split(t) if self.clean else [t]) if s] for t in texts}
+    if len(self.known) > 2000: self.known.clear()
+    new = list({s for p in parts.values() for s in p} - self.known.keys())
     fast = getattr(self.tokenizer, "backend_tokenizer", None)
-    if fast is None: ids = self.tokenizer(once, add_special_tokens=False, verbose=False).input_ids
+    if fast is None: ids = self.tokenizer(new, add_special_tokens=False, verbose=False).input_ids
     else:
         fast.no_padding(), fast.no_truncation()   # an earlier call may have left them on
         fast.encode_special_tokens = False        # a special token in the template is one token
-        ids = [e.ids for e in fast.encode_batch_fast(once, add_special_tokens=False)]
-    return dict(zip(once, ids))
+        ids = [e.ids for e in fast.encode_batch_fast(new, add_special_tokens=False)]
+    self.known.update(zip(new, ids))
+    out = {t: [i for s in p for i in self.known[s]] for t, p in parts.items()}
+    for s in new:
+        if len(s) > 400: del self.known[s]   # a long text hardly comes again, and memory stays flat
+    return out
 
 # %% ../nbs/04b_conversations.ipynb #6ae2d818
 @patch
