@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from .formats import _neutral, find_columns, render, to_messages
 
-# %% ../nbs/04b_conversations.ipynb #10b276bf
+# %% ../nbs/04b_conversations.ipynb #c25fd7f3
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
          "model": "assistant", "bot": "assistant"}
@@ -33,15 +33,20 @@ def _turn(n, t):
                                    "and value")
     role, text = (t[k] for k in named[0])
     if str(role).lower() not in ROLES or t.get("tool_calls"):
-        raise ValueError(f"turn {n} is of the role {role!r}{' and calls a tool' * bool(t.get('tool_calls'))}"
-                         f"; there are: {', '.join(ROLES)}, without tools")
-    if isinstance(text, list) and text and all(isinstance(p, dict) and p.get("type") == "text"
-                                               and isinstance(p.get("text"), str) for p in text):
-        text = "".join(p["text"] for p in text)
-    out = {"role": ROLES[str(role).lower()], "content": text}
+        tool = " and calls a tool" if t.get("tool_calls") else ""
+        raise ValueError(f"turn {n} is of the role {role!r}{tool}; there are: {', '.join(ROLES)}, "
+                         "without tools")
+    out = {"role": ROLES[str(role).lower()], "content": _joined(text)}
     return out if t.get("weight") is None else {**out, "weight": t["weight"]}
 
-# %% ../nbs/04b_conversations.ipynb #5b97d05a
+def _joined(text):
+    "The text of a list of text parts; whatever else it is stays, for the gate below to refuse"
+    is_text = lambda p: (isinstance(p, dict) and p.get("type") == "text"
+                         and isinstance(p.get("text"), str))
+    parts = isinstance(text, list) and text and all(map(is_text, text))
+    return "".join(p["text"] for p in text) if parts else text
+
+# %% ../nbs/04b_conversations.ipynb #06f179d3
 def _said(role, text): return {"role": role, "content": text}
 
 def _chat(rec, columns=None):
@@ -55,7 +60,7 @@ def _chat(rec, columns=None):
     return out
 
 def _pair(rec, columns=None):
-    "Prompt and completion: two texts (blanks at their edges are an old habit), or two lists of turns"
+    "Prompt and completion: two texts (stripped: blanks there are an old habit), or lists of turns"
     p, c = rec["prompt"], rec["completion"]
     if isinstance(p, list) and isinstance(c, list): return _chat({"messages": p + c})
     strip = lambda x: x.strip() if isinstance(x, str) else x
@@ -123,13 +128,14 @@ def sniff(
         raise ValueError(f"a {type(record).__name__} instead of an object with names")
     return next(n for n, (needs, _) in RECORDS.items() if all(k in record for k in needs))
 
-# %% ../nbs/04b_conversations.ipynb #6b93214d
+# %% ../nbs/04b_conversations.ipynb #df0d9d24
 ODD = re.compile("[\x00\ud800-\udfff]")
 
 def _odd(text, at):
     "Why the character at `at` can't stay"
     c = text[at]
-    if c == "\0": return f"a NUL byte at character {at+1}: is the file UTF-16? Say encoding='utf-16'"
+    if c == "\0": return (f"a NUL byte at character {at+1}: is the file UTF-16? "
+                          "Say encoding='utf-16'")
     if not "\udc80" <= c <= "\udcff": return f"half a character at {at+1} ({c!a})"
     near = text[max(0, at-20):at+20].encode("utf-8", "surrogateescape").decode("cp1252", "replace")
     return (f"byte {ord(c)-0xdc00:#x} at character {at+1} is not UTF-8. As cp1252 it reads "
@@ -295,7 +301,7 @@ def value(self:_Window, decode, twice): # (value, where its text ends)
         size = end - self.pos
         if not self.more(): return rec, self.pos + size   # or else it may go on: look again
 
-# %% ../nbs/04b_conversations.ipynb #4be934a8
+# %% ../nbs/04b_conversations.ipynb #eb32605a
 def _json_rows(f):
     "Elements of a JSON array, or objects one after the other"
     w, n, array, due, blank = _Window(f), 0, None, "", re.compile(r"\s*")
@@ -304,8 +310,8 @@ def _json_rows(f):
         w.pos = blank.match(w.text, w.pos).end()
         if w.pos == len(w.text):
             if w.more(): continue
-            if array and due != "end": w.fail(w.pos, "the array is not closed: is the file cut off?")
-            return
+            if not array or due == "end": return
+            w.fail(w.pos, "the array is not closed: is the file cut off?")
         c = w.text[w.pos]
         if due == "end": w.fail(w.pos, "text after the array")
         if array is None and (array := c == "["): w.pos += 1; continue
@@ -346,7 +352,7 @@ def _rows(path, encoding):
         except UnicodeDecodeError as e:
             raise ValueError(f"the bytes are not {e.encoding} ({e.reason})") from None
 
-# %% ../nbs/04b_conversations.ipynb #a99ef14d
+# %% ../nbs/04b_conversations.ipynb #a06aa2c4
 class _BadRows:
     "Bad rows, counted; in a file of their own, or the first ten in an error"
     def __init__(self, source, to):
@@ -366,8 +372,9 @@ class _BadRows:
     def done(self):
         "Give the file its name, or raise"
         if self.file: self.file.close(); os.replace(self.tmp, self.to)
-        elif self.n: raise ValueError(f"{self.n:,} bad row{'s' * (self.n > 1)}:\n  " + "\n  ".join(self.first) +
-            "\n  …"*(self.n > 10) + "\nMend them, or set them aside with bad_rows='bad.jsonl'")
+        elif self.n: raise ValueError("\n  ".join([f"{self.n:,} bad row{'s' * (self.n > 1)}:",
+            *self.first, *["…"]*(self.n > 10)])
+            + "\nMend them, or set them aside with bad_rows='bad.jsonl'")
 
     def drop(self):
         "Leave no half-written file behind"
@@ -399,11 +406,11 @@ def conversations(
     except ValueError as e: raise ValueError(f"{path}, {e}") from None
     finally: bad and bad.drop()
 
-# %% ../nbs/04b_conversations.ipynb #ea9daaa9
+# %% ../nbs/04b_conversations.ipynb #51e8e1d5
 LOOP = "{% for m in messages %}"
 TEMPLATES = {   # name → the template, and the special tokens it needs besides
-    "ChatML": (LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
-        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", {}),
+    "ChatML": (LOOP + "{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}", {}),
     "Llama-2": ("{% if messages[0].role == 'system' %}{% set rest = messages[1:] %}"
         "{% set sys = '<<SYS>>\n' + messages[0].content.strip() + '\n<</SYS>>\n\n' %}"
         "{% else %}{% set rest = messages %}{% endif %}{% for m in rest %}"
@@ -418,11 +425,12 @@ TEMPLATES = {   # name → the template, and the special tokens it needs besides
                             more=["<|start_header_id|>", "<|end_header_id|>"])),
 }
 
-# %% ../nbs/04b_conversations.ipynb #682a964e
+# %% ../nbs/04b_conversations.ipynb #0d1c1514
 TEMPLATES |= {
-    "Mistral": ("{{ bos_token }}{% set last = namespace(at=0) %}" + LOOP + "{% if m.role == 'user' %}"
-        "{% set last.at = loop.index0 %}{% endif %}{% endfor %}" + LOOP + "{% if m.role == 'user' %}"
-        "{{ '[INST] ' }}{% if loop.index0 == last.at and messages[0].role == 'system' %}"
+    "Mistral": ("{{ bos_token }}{% set last = namespace(at=0) %}" + LOOP +
+        "{% if m.role == 'user' %}{% set last.at = loop.index0 %}{% endif %}{% endfor %}" + LOOP +
+        "{% if m.role == 'user' %}{{ '[INST] ' }}"
+        "{% if loop.index0 == last.at and messages[0].role == 'system' %}"
         "{{ messages[0].content + '\n\n' }}{% endif %}{{ m.content + '[/INST]' }}"
         "{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}",
         dict(bos_token="<s>", eos_token="</s>", more=["[INST]", "[/INST]"])),
@@ -434,7 +442,8 @@ TEMPLATES |= {
                             more=["<start_of_turn>", "<end_of_turn>"])),
     "Phi-3": (LOOP + "{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}",
-        dict(eos_token="<|endoftext|>", more=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"])),
+        dict(eos_token="<|endoftext|>",
+             more=["<|system|>", "<|user|>", "<|assistant|>", "<|end|>"])),
     "Zephyr": (LOOP + "{{ '<|' + m.role + '|>\n' + m.content + eos_token + '\n' }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}",
         dict(bos_token="<s>", eos_token="</s>")),
@@ -455,13 +464,14 @@ def dress(
     out.chat_template = template
     return out
 
-# %% ../nbs/04b_conversations.ipynb #cf4d6467
+# %% ../nbs/04b_conversations.ipynb #0c818c4f
 class ChatEncoder:
     "Conversations → token ids and labels, exact under the tokenizer's chat template"
     def __init__(self, tokenizer):
         added = {a.content for a in tokenizer.added_tokens_decoder.values() if a.special}
         special = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
-        self.tokenizer, self.special = tokenizer, re.compile(f"({'|'.join(map(re.escape, special))})")
+        self.tokenizer = tokenizer
+        self.special = re.compile(f"({'|'.join(map(re.escape, special))})")
         self.plain, self.shapes = copies_content(tokenizer.chat_template), {}   # see below, both
         self.clean, self.known = cuts_at_special(tokenizer), {}
 
@@ -485,7 +495,7 @@ def turns(
         out.append((prompt, rest[:end.end()] if end else rest + self.tokenizer.eos_token))
     return out
 
-# %% ../nbs/04b_conversations.ipynb #7845cae3
+# %% ../nbs/04b_conversations.ipynb #77d6dfcc
 STRIPS, ABOUT_TYPE = ("strip", "lstrip", "rstrip"), ("string", "defined", "none", "undefined")
 
 def _content(node, names):
@@ -499,12 +509,10 @@ def _copied(node, names, may=False):
     "Is content only written out below this node? `may`: is this a place where it may stand"
     from jinja2 import nodes as N
     if _content(node, names): return may
-    if isinstance(node, (N.Macro, N.CallBlock, N.Include, N.FilterBlock)): return False
-    if isinstance(node, N.Filter) and (node.args or node.name not in ("trim", "length")): return False
-    if isinstance(node, N.Getitem) and not isinstance(node.arg, (N.Const, N.Slice, N.Neg)): return False
+    if _reads_more(node): return False
     if isinstance(node, N.Test) and node.name in ABOUT_TYPE: return True   # the same for any text
-    if isinstance(node, N.CondExpr):
-        return _copied(node.test, names) and all(_copied(n, names, may) for n in (node.expr1, node.expr2) if n)
+    if isinstance(node, N.CondExpr): return _copied(node.test, names) and all(
+        _copied(n, names, may) for n in (node.expr1, node.expr2) if n)
     strips = (isinstance(node, N.Call) and isinstance(node.node, N.Getattr)
               and node.node.attr in STRIPS and not node.args)
     if strips: return _copied(node.node.node, names, may)
@@ -513,7 +521,14 @@ def _copied(node, names, may=False):
            or may and (trims or isinstance(node, (N.Add, N.Concat))))
     return all(_copied(n, names, may) for n in node.iter_child_nodes())
 
-# %% ../nbs/04b_conversations.ipynb #0df8889c
+def _reads_more(node):
+    "Could anything hide below this node? Macros, filters, and items whose name is computed"
+    from jinja2 import nodes as N
+    return (isinstance(node, (N.Macro, N.CallBlock, N.Include, N.FilterBlock))
+            or isinstance(node, N.Filter) and (node.args or node.name not in ("trim", "length"))
+            or isinstance(node, N.Getitem) and not isinstance(node.arg, (N.Const, N.Slice, N.Neg)))
+
+# %% ../nbs/04b_conversations.ipynb #ade61d23
 def copies_content(
     template:str, # a chat template
 ) -> bool:
@@ -526,15 +541,16 @@ def copies_content(
     for _ in range(9):   # a variable may be set from another
         names |= {a.target.name for a in tree.find_all(N.Assign)
                   if isinstance(a.target, N.Name) and holds(a.node)}
-    stored = [a for a in tree.find_all(N.Assign) if not isinstance(a.target, N.Name) and holds(a.node)]
-    return not stored and not list(tree.find_all(N.AssignBlock)) and _copied(tree, names)
+    hidden = [a for a in tree.find_all((N.Assign, N.AssignBlock))   # in a namespace, in a block
+              if isinstance(a, N.AssignBlock) or not isinstance(a.target, N.Name) and holds(a.node)]
+    return not hidden and _copied(tree, names)
 
-# %% ../nbs/04b_conversations.ipynb #3b5c2b29
+# %% ../nbs/04b_conversations.ipynb #ba75b2e0
 SLOT = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
 
 @patch
 def _shape(self:ChatEncoder, messages):
-    "The turns of such a sequence of roles, in parts: template text, or (message, strip left?, right?)"
+    "The turns of such roles in parts: template text, or (message, strip left?, right?)"
     marked = [dict(m, content=f"\x0b\ue000{i}\ue001\x0b") for i, m in enumerate(messages)]
     def parts(text):
         lit = SLOT.split(text)   # text, left, number, right, text, …
@@ -642,8 +658,9 @@ def __call__(
     if talks and isinstance(talks, list) and isinstance(talks[0], dict): talks = [talks]
     return [row for _, rows in self.stream(talks) for row in rows]
 
-# %% ../nbs/04b_conversations.ipynb #74cf39f7
-SPEAKERS = {"system": "#CC79A755", "user": "#56B4E955", "assistant": "#009E7355", "template": "#99999933"}
+# %% ../nbs/04b_conversations.ipynb #402a1ed6
+SPEAKERS = {"system": "#CC79A755", "user": "#56B4E955", "assistant": "#009E7355",
+            "template": "#99999933"}
 
 def _visible(text):
     "Text with its line breaks, blanks and control characters in sight"
@@ -662,9 +679,9 @@ def speakers(self:ChatEncoder, messages):
             who += [messages[x[0]]["role"] if isinstance(x, tuple) else "template"]*len(text)
         yield prompt, answer, who
 
-# %% ../nbs/04b_conversations.ipynb #5ec434c5
-BOX = ("<span class='{}' title='{}' style='background:{};padding:1px 2px;margin:1px;border-radius:3px;"
-       "border:1px solid {};border-bottom:3px solid {}'><bdi>{}</bdi></span>{}")
+# %% ../nbs/04b_conversations.ipynb #1b671cda
+BOX = ("<span class='{}' title='{}' style='background:{};padding:1px 2px;margin:1px;"
+       "border-radius:3px;border:1px solid {};border-bottom:3px solid {}'><bdi>{}</bdi></span>{}")
 
 def _box(i, label, text, who, special):
     "A token as a box"
@@ -717,7 +734,7 @@ def browse(
     at.observe(lambda change: setattr(page, "value", coder.view(talks[change["new"]-1])), "value")
     return w.VBox([w.HBox([at, w.Label(f"of {len(talks):,}")]), page])
 
-# %% ../nbs/04b_conversations.ipynb #6ad4d8c9
+# %% ../nbs/04b_conversations.ipynb #69b1a3ab
 def check_rows(
     rows:list[dict], # {"input_ids", "labels"}, from whatever tool
     tokenizer,
@@ -725,27 +742,31 @@ def check_rows(
     "Raise `ValueError`, with number and remedy, at what would train in silence and fail in use"
     special, bos = set(tokenizer.added_tokens_decoder), tokenizer.bos_token_id
     for n, r in enumerate(rows, 1):
-        ids, labels = list(r["input_ids"]), list(r["labels"])
-        asked = [k for k, l in enumerate(labels) if l != -100]
-        why = (f"{len(ids)} tokens and {len(labels)} labels" if len(ids) != len(labels) else
-            "no token is asked for. Was the marker not found, or the answer cut off?" if not asked else
-            "a label is not the token in its place: labels are shifted by the model, not by you"
-                if any(labels[k] != ids[k] for k in asked) else
-            "it begins twice. Tokenise rendered text with add_special_tokens=False"
-                if bos is not None and ids[:2] == [bos, bos] else
-            "the end of the answer is not asked for, so the model won't learn to stop. Is the pad "
-            "token masked by its number, or the row cut?" if ids[asked[-1]] not in special else None)
+        why = _fault(list(r["input_ids"]), list(r["labels"]), special, bos)
         if why: raise ValueError(f"Row {n}: {why}")
     return rows
 
-# %% ../nbs/04b_conversations.ipynb #2617946b
+def _fault(ids, labels, special, bos):
+    "What is wrong with a row, if anything is"
+    asked = [k for k, l in enumerate(labels) if l != -100]
+    if len(ids) != len(labels): return f"{len(ids)} tokens and {len(labels)} labels"
+    if not asked: return ("no token is asked for. Was the marker not found, or the answer cut off?")
+    if any(labels[k] != ids[k] for k in asked):
+        return "a label is not the token in its place: the model shifts labels, you needn't"
+    if bos is not None and ids[:2] == [bos, bos]:
+        return "it begins twice. Tokenise rendered text with add_special_tokens=False"
+    if ids[asked[-1]] not in special:
+        return ("the end of the answer is not asked for, so the model won't learn to stop. Is the "
+                "pad token masked by its number, or the row cut?")
+
+# %% ../nbs/04b_conversations.ipynb #e1f1d43b
 def _pick(row, places, asked):
     "A row of these places, of which only those in `asked` keep their labels"
     return {"input_ids": [row["input_ids"][k] for k in places],
             "labels": [row["labels"][k] if k in asked else -100 for k in places]}
 
 def _windows(row, n, overlap, head):
-    "Pieces of `n` tokens, each after the same head; what the last one asked for is given in the next"
+    "Pieces of `n` tokens after the same head; what one has asked for is given in the next"
     total, done, out = len(row["input_ids"]), 0, []
     for start in itertools.count(head, n - head - overlap):
         places = [*range(head), *range(start, min(start + n - head, total))]
@@ -792,7 +813,7 @@ def length_report(
             "rows with nothing asked": sum(not n_asked([p]) for pieces in new for p in pieces)}
     return pd.DataFrame(out).T
 
-# %% ../nbs/04b_conversations.ipynb #31ce402e
+# %% ../nbs/04b_conversations.ipynb #9a16beda
 def bins(
     lengths, # tokens of each row
     max_tokens:int, # of a sequence; a longer row is one alone
@@ -800,8 +821,9 @@ def bins(
     "Which rows share a sequence: the longest first, each where it leaves least room"
     out, room = [], []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        k = min((k for k in range(len(out)) if room[k] >= lengths[i]), key=room.__getitem__, default=None)
-        if k is None: k = len(out); out.append([]); room.append(max_tokens)
+        fits = [k for k in range(len(out)) if room[k] >= lengths[i]]
+        k = min(fits, key=room.__getitem__, default=len(out))
+        if k == len(out): out.append([]); room.append(max_tokens)
         out[k].append(i); room[k] -= lengths[i]
     return out
 

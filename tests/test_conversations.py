@@ -444,6 +444,29 @@ def test_an_earlier_call_leaves_nothing_behind(tok):
     assert ChatEncoder(t)([talk("Q", "A"), talk("Q"*50, "A")]) == want
 
 
+@templates
+def test_pieces_that_are_kept_change_nothing(dressed, name):
+    "Whole texts, and a cache that overflows, give the same rows"
+    a, b = ChatEncoder(dressed[name]), ChatEncoder(dressed[name])
+    b.clean = False
+    talks = list(generated(300, 3)) + [talk("word "*200, "A")]*2
+    a.known = dict.fromkeys(range(1990), [7])
+    assert a.clean and a(talks) == b(talks) and all(len(s) <= 400 for s in a.known if isinstance(s, str))
+
+
+def test_a_tokenizer_whose_pieces_depend_on_their_place(tok):
+    "SentencePiece's blank before the first word"
+    from tokenizers import Tokenizer, models as m, pre_tokenizers as p
+    from transformers import PreTrainedTokenizerFast
+    def make(pre):
+        t = Tokenizer(m.BPE({"a": 0, "▁": 1, "</s>": 2, "Ġ": 3}, []))
+        t.pre_tokenizer = pre
+        return PreTrainedTokenizerFast(tokenizer_object=t, eos_token="</s>")
+    assert cv.cuts_at_special(tok) and cv.cuts_at_special(make(p.ByteLevel(add_prefix_space=False)))
+    for pre in (p.Metaspace(), p.ByteLevel(add_prefix_space=True), p.Sequence([p.Metaspace(prepend_scheme="first")])):
+        assert not cv.cuts_at_special(make(pre))
+
+
 THINKS = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{% set c = m.content %}{% if m.role == 'assistant' and not loop.last %}"
           "{% set c = c.split('</think>')[-1] %}{% endif %}{{ c }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
