@@ -696,7 +696,7 @@ def _legend():
     return " ".join([*(box(w, w) for w in SPEAKERS), box("template", "special", -100, True),
                      box("assistant", "asked for", 0)])
 
-# %% ../nbs/04b_conversations.ipynb #cb8ebb29
+# %% ../nbs/04b_conversations.ipynb #1bfaac58
 @patch
 def view(
     self:ChatEncoder,
@@ -714,7 +714,8 @@ def view(
         cells = list(zip(row["input_ids"], row["labels"], at, [None, *at]))
         def said(i, place, before):   # a token may be half a character: show it once
             piece, whole = t.decode([i]), text[slice(*place)]
-            return piece if "\ufffd" not in piece else "‥" if place == before else whole
+            again = before and place[1] <= before[1]
+            return piece if "\ufffd" not in piece else "‥" if again else whole
         boxes.append("".join(_box(i, l, said(i, s, b), who[s[0]], i in t.added_tokens_decoder)
                              for i, l, s, b in cells[:most])
                      + f" … and {len(cells)-most:,} more tokens"*(len(cells) > most))
