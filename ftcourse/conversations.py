@@ -20,7 +20,7 @@ import torch
 from fastcore.basics import patch
 from .formats import _neutral, find_columns, render, to_messages
 
-# %% ../nbs/04b_conversations.ipynb #c25fd7f3
+# %% ../nbs/04b_conversations.ipynb #ceef85c1
 ROLES = {"system": "system", "developer": "system", "user": "user", "human": "user",
          "assistant": "assistant", "gpt": "assistant", "chatgpt": "assistant",
          "model": "assistant", "bot": "assistant"}
@@ -39,6 +39,7 @@ def _turn(n, t):
     out = {"role": ROLES[str(role).lower()], "content": _joined(text)}
     return out if t.get("weight") is None else {**out, "weight": t["weight"]}
 
+# %% ../nbs/04b_conversations.ipynb #3d9fb236
 def _joined(text):
     "The text of a list of text parts; whatever else it is stays, for the gate below to refuse"
     is_text = lambda p: (isinstance(p, dict) and p.get("type") == "text"
@@ -46,7 +47,7 @@ def _joined(text):
     parts = isinstance(text, list) and text and all(map(is_text, text))
     return "".join(p["text"] for p in text) if parts else text
 
-# %% ../nbs/04b_conversations.ipynb #06f179d3
+# %% ../nbs/04b_conversations.ipynb #26a3c317
 def _said(role, text): return {"role": role, "content": text}
 
 def _chat(rec, columns=None):
@@ -59,6 +60,7 @@ def _chat(rec, columns=None):
         out.insert(0, _said("system", rec["system"]))
     return out
 
+# %% ../nbs/04b_conversations.ipynb #b30ed26c
 def _pair(rec, columns=None):
     "Prompt and completion: two texts (stripped: blanks there are an old habit), or lists of turns"
     p, c = rec["prompt"], rec["completion"]
@@ -87,7 +89,7 @@ def _columns(rec, columns=None):
     row = {"instruction": "", "input": "", **{o: text(rec[t]) for o, t in names.items()}}
     return to_messages(row)[0 if row["instruction"] or not row["input"] else 1:]
 
-# %% ../nbs/04b_conversations.ipynb #c85331eb
+# %% ../nbs/04b_conversations.ipynb #2c268579
 def _answer(annotation):
     "What one annotator chose or wrote"
     out = []
@@ -98,6 +100,7 @@ def _answer(annotation):
         out += r["value"].get("choices") or r["value"].get("text") or []
     return "\n".join(out)
 
+# %% ../nbs/04b_conversations.ipynb #91f2baf3
 def _label_studio(rec, columns=None):
     "A task of Label Studio's JSON export; the annotators must agree, or one of them be the truth"
     done = [a for a in rec["annotations"] if not a.get("was_cancelled")]
@@ -110,7 +113,7 @@ def _label_studio(rec, columns=None):
         return _chat(data) + [_said("assistant", *said)]
     return _columns({**data, "output": said.pop()}, columns)
 
-# %% ../nbs/04b_conversations.ipynb #5d9029b6
+# %% ../nbs/04b_conversations.ipynb #a28c87df
 RECORDS = {   # name → the keys that give it away, and what makes messages of it
     "messages": (("messages",), _chat),
     "ShareGPT": (("conversations",), _chat),
@@ -120,6 +123,7 @@ RECORDS = {   # name → the keys that give it away, and what makes messages of 
     "columns": ((), _columns),
 }
 
+# %% ../nbs/04b_conversations.ipynb #c97aa901
 def sniff(
     record:dict,
 ) -> str: # a key of `RECORDS`
@@ -197,7 +201,7 @@ def _open(path, encoding=None, newline=None):
     return open(path, encoding="utf-8-sig" if lenient else name, newline=newline,
                 errors="surrogateescape" if lenient else "strict")
 
-# %% ../nbs/04b_conversations.ipynb #349f2066
+# %% ../nbs/04b_conversations.ipynb #5cb18da7
 def _header(f):
     "(header line, lines before it, delimiter) of a CSV file"
     sep, before = None, 0
@@ -209,6 +213,7 @@ def _header(f):
     bare = re.sub('"[^"]*"', "", line)
     return line, before, sep or max(",;\t|", key=bare.count)
 
+# %% ../nbs/04b_conversations.ipynb #50ef4a1e
 def _csv_rows(f):
     "Rows of a CSV or TSV file"
     csv.field_size_limit(2**27)
@@ -237,7 +242,7 @@ def _distinct(names):
     if not names: raise ValueError("the header can't be read: is a quote left open?")
     return names
 
-# %% ../nbs/04b_conversations.ipynb #388c7193
+# %% ../nbs/04b_conversations.ipynb #0d0a230c
 def _decoder(twice):
     "A JSON decoder that notes keys that stand twice in one object"
     def hook(pairs):
@@ -248,6 +253,7 @@ def _decoder(twice):
         return rec
     return json.JSONDecoder(object_pairs_hook=hook)
 
+# %% ../nbs/04b_conversations.ipynb #6f3bf042
 def _jsonl_rows(f):
     "Rows of a file with one JSON object a line"
     decode = _decoder(twice := []).decode
@@ -262,7 +268,7 @@ def _jsonl_rows(f):
         if twice: rec, why = line, f"the key {twice[0]!r} stands twice in one object"
         yield f"line {n}", rec, why
 
-# %% ../nbs/04b_conversations.ipynb #b2f8ccdd
+# %% ../nbs/04b_conversations.ipynb #7846aa86
 class _Window:
     "A piece of a long text, which knows at which line and column it begins"
     def __init__(self, f, size=2**16):
@@ -273,15 +279,20 @@ class _Window:
         return (self.line + lines,
                 at - self.text.rfind("\n", 0, at) if lines else self.col + at)
 
-    def more(self): # False at the end of the file
-        "Forget what was read and fetch as much again as is left, or more"
-        self.line, self.col = self.where(self.pos)
-        rest = self.text[self.pos:]
-        new = self.f.read(max(self.size, len(rest)))
-        self.text, self.pos = rest + new, 0
-        return bool(new)
+# %% ../nbs/04b_conversations.ipynb #c55957ff
+@patch
+def more(self:_Window): # False at the end of the file
+    "Forget what was read and fetch as much again as is left, or more"
+    self.line, self.col = self.where(self.pos)
+    rest = self.text[self.pos:]
+    new = self.f.read(max(self.size, len(rest)))
+    self.text, self.pos = rest + new, 0
+    return bool(new)
 
-    def fail(self, at, why): raise ValueError("line {}, column {}: {}".format(*self.where(at), why))
+@patch
+def fail(self:_Window, at, why):
+    "Raise, with line and column"
+    raise ValueError("line {}, column {}: {}".format(*self.where(at), why))
 
 # %% ../nbs/04b_conversations.ipynb #ab88f156
 @patch
@@ -325,7 +336,7 @@ def _json_rows(f):
         else: yield at, rec, None
         w.pos, due = end, "," if array else ""
 
-# %% ../nbs/04b_conversations.ipynb #e204f0a2
+# %% ../nbs/04b_conversations.ipynb #2d7ee6ca
 def _parquet_rows(path):
     "Rows of a parquet file, a thousand at a time"
     import pyarrow as pa, pyarrow.parquet as pq
@@ -336,6 +347,7 @@ def _parquet_rows(path):
                 for rec in group.to_pylist(): n += 1; yield f"row {n}", rec, None
     except pa.ArrowException as e: raise ValueError(f"not parquet that can be read: {e}") from None
 
+# %% ../nbs/04b_conversations.ipynb #adfd25b6
 ROWS = {".csv": (_csv_rows, ""), ".tsv": (_csv_rows, ""), ".json": (_json_rows, None),
         ".jsonl": (_jsonl_rows, None)}   # and how `open` is to treat line ends
 
@@ -352,7 +364,7 @@ def _rows(path, encoding):
         except UnicodeDecodeError as e:
             raise ValueError(f"the bytes are not {e.encoding} ({e.reason})") from None
 
-# %% ../nbs/04b_conversations.ipynb #a06aa2c4
+# %% ../nbs/04b_conversations.ipynb #c0b50b5b
 class _BadRows:
     "Bad rows, counted; in a file of their own, or the first ten in an error"
     def __init__(self, source, to):
@@ -369,16 +381,19 @@ class _BadRows:
             json.dump({"place": place, "reason": reason, "row": row}, self.file, default=str)
             self.file.write("\n")
 
-    def done(self):
-        "Give the file its name, or raise"
-        if self.file: self.file.close(); os.replace(self.tmp, self.to)
-        elif self.n: raise ValueError("\n  ".join([f"{self.n:,} bad row{'s' * (self.n > 1)}:",
-            *self.first, *["…"]*(self.n > 10)])
-            + "\nMend them, or set them aside with bad_rows='bad.jsonl'")
+# %% ../nbs/04b_conversations.ipynb #8d6ffbe9
+@patch
+def done(self:_BadRows):
+    "Give the file its name, or raise"
+    if self.file: self.file.close(); os.replace(self.tmp, self.to)
+    elif self.n: raise ValueError("\n  ".join([f"{self.n:,} bad row{'s' * (self.n > 1)}:",
+        *self.first, *["…"]*(self.n > 10)])
+        + "\nMend them, or set them aside with bad_rows='bad.jsonl'")
 
-    def drop(self):
-        "Leave no half-written file behind"
-        if self.file: self.file.close(); self.tmp.unlink(missing_ok=True)
+@patch
+def drop(self:_BadRows):
+    "Leave no half-written file behind"
+    if self.file: self.file.close(); self.tmp.unlink(missing_ok=True)
 
 # %% ../nbs/04b_conversations.ipynb #caf61c99
 def conversations(
@@ -425,7 +440,7 @@ TEMPLATES = {   # name → the template, and the special tokens it needs besides
                             more=["<|start_header_id|>", "<|end_header_id|>"])),
 }
 
-# %% ../nbs/04b_conversations.ipynb #0d1c1514
+# %% ../nbs/04b_conversations.ipynb #fa5ae445
 TEMPLATES |= {
     "Mistral": ("{{ bos_token }}{% set last = namespace(at=0) %}" + LOOP +
         "{% if m.role == 'user' %}{% set last.at = loop.index0 %}{% endif %}{% endfor %}" + LOOP +
@@ -449,6 +464,7 @@ TEMPLATES |= {
         dict(bos_token="<s>", eos_token="</s>")),
 }
 
+# %% ../nbs/04b_conversations.ipynb #f35cdfa7
 def dress(
     tokenizer,
     name:str, # a key of `TEMPLATES`
@@ -464,7 +480,7 @@ def dress(
     out.chat_template = template
     return out
 
-# %% ../nbs/04b_conversations.ipynb #0c818c4f
+# %% ../nbs/04b_conversations.ipynb #f4f7477d
 class ChatEncoder:
     "Conversations → token ids and labels, exact under the tokenizer's chat template"
     def __init__(self, tokenizer):
@@ -475,6 +491,7 @@ class ChatEncoder:
         self.plain, self.shapes = copies_content(tokenizer.chat_template), {}   # see below, both
         self.clean, self.known = cuts_at_special(tokenizer), {}
 
+# %% ../nbs/04b_conversations.ipynb #89fb8986
 @patch
 def turns(
     self:ChatEncoder,
@@ -495,7 +512,7 @@ def turns(
         out.append((prompt, rest[:end.end()] if end else rest + self.tokenizer.eos_token))
     return out
 
-# %% ../nbs/04b_conversations.ipynb #77d6dfcc
+# %% ../nbs/04b_conversations.ipynb #461b4fa4
 STRIPS, ABOUT_TYPE = ("strip", "lstrip", "rstrip"), ("string", "defined", "none", "undefined")
 
 def _content(node, names):
@@ -505,6 +522,7 @@ def _content(node, names):
             or isinstance(node, N.Getitem) and getattr(node.arg, "value", None) == "content"
             or isinstance(node, N.Name) and node.ctx == "load" and node.name in names)
 
+# %% ../nbs/04b_conversations.ipynb #de287d40
 def _copied(node, names, may=False):
     "Is content only written out below this node? `may`: is this a place where it may stand"
     from jinja2 import nodes as N
@@ -521,6 +539,7 @@ def _copied(node, names, may=False):
            or may and (trims or isinstance(node, (N.Add, N.Concat))))
     return all(_copied(n, names, may) for n in node.iter_child_nodes())
 
+# %% ../nbs/04b_conversations.ipynb #63045fbf
 def _reads_more(node):
     "Could anything hide below this node? Macros, filters, and items whose name is computed"
     from jinja2 import nodes as N
@@ -545,7 +564,7 @@ def copies_content(
               if isinstance(a, N.AssignBlock) or not isinstance(a.target, N.Name) and holds(a.node)]
     return not hidden and _copied(tree, names)
 
-# %% ../nbs/04b_conversations.ipynb #ba75b2e0
+# %% ../nbs/04b_conversations.ipynb #0038832d
 SLOT = re.compile("(\x0b?)\ue000(\\d+)\ue001(\x0b?)")
 
 @patch
@@ -558,6 +577,7 @@ def _shape(self:ChatEncoder, messages):
         return [x for pair in itertools.zip_longest(lit[::4], slots) for x in pair if x]
     return [(parts(p), parts(a)) for p, a in self.turns(marked)]
 
+# %% ../nbs/04b_conversations.ipynb #7c903e43
 @patch
 def _fill(self:ChatEncoder, shape, messages):
     "The turns of `messages`, from their shape"
@@ -570,6 +590,7 @@ def _fill(self:ChatEncoder, shape, messages):
         return t.rstrip() if right else t
     return [("".join(map(fit, p)), "".join(map(fit, a))) for p, a in shape]
 
+# %% ../nbs/04b_conversations.ipynb #79e83427
 @patch
 def texts(
     self:ChatEncoder,
@@ -658,7 +679,7 @@ def __call__(
     if talks and isinstance(talks, list) and isinstance(talks[0], dict): talks = [talks]
     return [row for _, rows in self.stream(talks) for row in rows]
 
-# %% ../nbs/04b_conversations.ipynb #402a1ed6
+# %% ../nbs/04b_conversations.ipynb #e28f5325
 SPEAKERS = {"system": "#CC79A755", "user": "#56B4E955", "assistant": "#009E7355",
             "template": "#99999933"}
 
@@ -668,6 +689,7 @@ def _visible(text):
     return html.escape("".join(f"\\u{ord(c):04x}" if unicodedata.category(c) in ("Cc", "Cf", "Cs")
                                and c != "\u200d" else c for c in text))
 
+# %% ../nbs/04b_conversations.ipynb #184b54c5
 @patch
 def speakers(self:ChatEncoder, messages):
     "For each answer: (prompt, answer, who speaks at each character of the two)"
@@ -679,7 +701,7 @@ def speakers(self:ChatEncoder, messages):
             who += [messages[x[0]]["role"] if isinstance(x, tuple) else "template"]*len(text)
         yield prompt, answer, who
 
-# %% ../nbs/04b_conversations.ipynb #1b671cda
+# %% ../nbs/04b_conversations.ipynb #cec45793
 BOX = ("<span class='{}' title='{}' style='background:{};padding:1px 2px;margin:1px;"
        "border-radius:3px;border:1px solid {};border-bottom:3px solid {}'><bdi>{}</bdi></span>{}")
 
@@ -690,6 +712,7 @@ def _box(i, label, text, who, special):
         f"{i} · {who} · {'asked for' if label != -100 else 'given'}", SPEAKERS[who], edge,
         "#000" if label != -100 else edge, _visible(text), "<br>" * text.endswith("\n"))
 
+# %% ../nbs/04b_conversations.ipynb #78f3826f
 def _legend():
     "What the colours say"
     box = lambda who, text, label=-100, special=False: _box("", label, text, who, special)
@@ -735,7 +758,7 @@ def browse(
     at.observe(lambda change: setattr(page, "value", coder.view(talks[change["new"]-1])), "value")
     return w.VBox([w.HBox([at, w.Label(f"of {len(talks):,}")]), page])
 
-# %% ../nbs/04b_conversations.ipynb #69b1a3ab
+# %% ../nbs/04b_conversations.ipynb #33e83f2c
 def check_rows(
     rows:list[dict], # {"input_ids", "labels"}, from whatever tool
     tokenizer,
@@ -747,6 +770,7 @@ def check_rows(
         if why: raise ValueError(f"Row {n}: {why}")
     return rows
 
+# %% ../nbs/04b_conversations.ipynb #a62da72d
 def _fault(ids, labels, special, bos):
     "What is wrong with a row, if anything is"
     asked = [k for k, l in enumerate(labels) if l != -100]
@@ -760,12 +784,13 @@ def _fault(ids, labels, special, bos):
         return ("the end of the answer is not asked for, so the model won't learn to stop. Is the "
                 "pad token masked by its number, or the row cut?")
 
-# %% ../nbs/04b_conversations.ipynb #e1f1d43b
+# %% ../nbs/04b_conversations.ipynb #c0405c6b
 def _pick(row, places, asked):
     "A row of these places, of which only those in `asked` keep their labels"
     return {"input_ids": [row["input_ids"][k] for k in places],
             "labels": [row["labels"][k] if k in asked else -100 for k in places]}
 
+# %% ../nbs/04b_conversations.ipynb #5d083b6c
 def _windows(row, n, overlap, head):
     "Pieces of `n` tokens after the same head; what one has asked for is given in the next"
     total, done, out = len(row["input_ids"]), 0, []
@@ -814,7 +839,7 @@ def length_report(
             "rows with nothing asked": sum(not n_asked([p]) for pieces in new for p in pieces)}
     return pd.DataFrame(out).T
 
-# %% ../nbs/04b_conversations.ipynb #9a16beda
+# %% ../nbs/04b_conversations.ipynb #da3feaaa
 def bins(
     lengths, # tokens of each row
     max_tokens:int, # of a sequence; a longer row is one alone
@@ -828,6 +853,7 @@ def bins(
         out[k].append(i); room[k] -= lengths[i]
     return out
 
+# %% ../nbs/04b_conversations.ipynb #cea9d779
 def block_mask(
     lengths, # tokens of each row in the sequence
 ) -> torch.Tensor: # (1, 1, T, T), true where a token may look
@@ -835,6 +861,7 @@ def block_mask(
     T, owner = sum(lengths), torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
     return (torch.ones(T, T).tril().bool() & (owner[:, None] == owner))[None, None]
 
+# %% ../nbs/04b_conversations.ipynb #3f0dd0c1
 def collate_blocks(
     rows:list[dict], # encoded rows that share a sequence
     dtype=torch.float32, # of the mask: the model's
