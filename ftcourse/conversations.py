@@ -480,7 +480,7 @@ def dress(
     out.chat_template = template
     return out
 
-# %% ../nbs/04b_conversations.ipynb #f4f7477d
+# %% ../nbs/04b_conversations.ipynb #2e7d521a
 class ChatEncoder:
     "Conversations → token ids and labels, exact under the tokenizer's chat template"
     def __init__(self, tokenizer):
@@ -489,7 +489,7 @@ class ChatEncoder:
         self.tokenizer = tokenizer
         self.special = re.compile(f"({'|'.join(map(re.escape, special))})")
         self.plain, self.shapes = copies_content(tokenizer.chat_template), {}   # see below, both
-        self.clean, self.known = cuts_at_special(tokenizer), {}
+        self.clean, self.known = None, {}
 
 # %% ../nbs/04b_conversations.ipynb #89fb8986
 @patch
@@ -633,10 +633,11 @@ def cuts_at_special(
             and not any(a.lstrip or a.rstrip or a.single_word
                         for a in tokenizer.added_tokens_decoder.values()))
 
-# %% ../nbs/04b_conversations.ipynb #9fdf644a
+# %% ../nbs/04b_conversations.ipynb #e60bc39f
 @patch
 def _tokens(self:ChatEncoder, texts):
     "Text → token ids; nothing is added, nothing cut, and no piece is tokenised twice"
+    if self.clean is None: self.clean = cuts_at_special(self.tokenizer)
     parts = {t: [s for s in (self.special.split(t) if self.clean else [t]) if s] for t in texts}
     if len(self.known) > 2000: self.known.clear()
     new = list({s for p in parts.values() for s in p} - self.known.keys())
