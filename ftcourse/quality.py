@@ -7,13 +7,14 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/quality.html.md"""
 # %% auto #0
 __all__ = ['FIELDS', 'MESSY', 'STRANGE', 'PERSONAL', 'PLANTS', 'HOLES', 'test_labels', 'WRAPS', 'DATES', 'DECIMALS', 'EMAIL',
            'CARD', 'IBAN', 'PHONE', 'IBAN_LENGTH', 'IP', 'INSURANCE', 'ADDRESS', 'BIRTH', 'PASSWORD', 'REGIONS',
-           'SEEKERS', 'CHECKS', 'REPORT_CSS', 'Finding', 'check_rows', 'asked', 'by_task', 'label_tasks', 'Planted',
-           'luhn', 'iban_ok', 'plant', 'Hits', 'hits', 'is_blank', 'empty', 'firsts', 'duplicates', 'plain', 'shingles',
-           'permutations', 'minhash', 'bands', 'candidates', 'pair_jaccard', 'near_pairs', 'near_duplicates', 'leaks',
-           'stance', 'conflicts', 'text_features', 'folds_of', 'label_probs', 'self_confidence', 'confident_errors',
-           'suspects', 'wrong_labels', 'robust_z', 'neighbour', 'off_topic', 'style', 'unwrap', 'inconsistent',
-           'rough_tokens', 'odd_lengths', 'undisguise', 'is_phone', 'spans', 'mask', 'personal', 'balance', 'word_runs',
-           'distinct', 'coverage', 'plot_map', 'Report', 'audit', 'report_html', 'Cleaned']
+           'SEEKERS', 'PALETTE', 'CHECKS', 'REPORT_CSS', 'Finding', 'check_rows', 'asked', 'by_task', 'label_tasks',
+           'Planted', 'luhn', 'iban_ok', 'plant', 'Hits', 'hits', 'is_blank', 'empty', 'firsts', 'duplicates', 'plain',
+           'shingles', 'permutations', 'minhash', 'bands', 'candidates', 'pair_jaccard', 'near_pairs',
+           'near_duplicates', 'leaks', 'stance', 'conflicts', 'text_features', 'folds_of', 'label_probs',
+           'self_confidence', 'confident_errors', 'suspects', 'wrong_labels', 'robust_z', 'neighbour', 'off_topic',
+           'style', 'unwrap', 'inconsistent', 'rough_tokens', 'odd_lengths', 'undisguise', 'is_phone', 'spans', 'mask',
+           'personal', 'balance', 'word_runs', 'distinct', 'coverage', 'plot_map', 'Report', 'audit', 'report_html',
+           'Cleaned']
 
 # %% ../nbs/05_quality.ipynb #e4f623d7
 import html, json, random, re, string, time, unicodedata
@@ -114,14 +115,14 @@ def _contradicted(row, rng, names):
     new = re.sub(r"\d+", lambda m: str(int(m[0]) + rng.randint(1, 9)), row["output"])
     return {**row, "output": new if new != row["output"] else "No. " + row["output"] + " Never 7."}
 
-# %% ../nbs/05_quality.ipynb #04b828fd
+# %% ../nbs/05_quality.ipynb #7b2df105
 MESSY = {
     "json": lambda t: json.dumps({"answer": t}), "quotes": lambda t: f'"{t}"',
     "prefix": lambda t: f"Answer: {t}", "upper": str.upper, "lower": str.lower,
     "bold": lambda t: f"**{t}**", "spaces": lambda t: f"  {t} \n",
     "ending": lambda t: t[:-1] if t.endswith(".") else t + "."}
 
-STRANGE = ["Mitochondria turn sugar into energy that a cell can use.", "The bishop moves diagonally.",
+STRANGE = ["Mitochondria turn sugar into energy for a cell.", "The bishop moves diagonally.",
     "Integrate x squared from zero to three.", "Beat two eggs with flour, then fold in the yeast.",
     "Which chord follows a dominant seventh in C minor?", "Napoleon crossed the Niemen in June.",
     "def quicksort(a): return a", "Water boils below a hundred degrees on a high mountain.",
@@ -167,10 +168,10 @@ def _phone(rng):
                        f"(212) 555-01{n[:2]}", f"+1 415.555.01{n[:2]}", f"030/23125{n}",
                        f"+33 6 39 98 {n[:2]} 1{n[2]}"])
 
-# %% ../nbs/05_quality.ipynb #5f78ed77
+# %% ../nbs/05_quality.ipynb #1973501a
 def _email(rng):
     "Addresses as people write them, some of them so that machines don't see them"
-    who, site = rng.choice(["jo.marsh", "k_lind+shop", "näthan", "r.okoro"]), f"ex{_digits(rng, 2)}"
+    who, site = rng.choice(["jo.marsh", "k_lind+shop", "näthan", "okoro"]), f"ex{_digits(rng, 2)}"
     return rng.choice([f"{who}@{site}.org", f"{who}@mail.{site}.co.uk", f"{who} (at) {site}.com",
                        f"{who} at {site} dot com", f"{who}[at]{site}[dot]de", f"{who}＠{site}.net",
                        f"{who.upper()}@{site.upper()}.ORG"])
@@ -243,12 +244,12 @@ def plant(
     for i, r in zip(hit, spoilt): rows[i] = r
     return Planted(kind, rows, set(hit))
 
-# %% ../nbs/05_quality.ipynb #1338356b
+# %% ../nbs/05_quality.ipynb #4da2462a
 @dataclass(frozen=True)
 class Hits:
     "What a check found of what was planted"
     recall:float    # share of the planted rows that it found
-    precision:float # share of its findings that were planted; those before planting count against it
+    precision:float # share of its findings that were planted
     planted:int; found:int
 
 def hits(
@@ -301,7 +302,7 @@ def plain(text:str) -> str:
     "`text` without capitals, punctuation and spare spaces"
     return re.sub(r"[\W_]+", " ", unicodedata.normalize("NFKC", text).casefold()).strip()
 
-# %% ../nbs/05_quality.ipynb #bc20a1de
+# %% ../nbs/05_quality.ipynb #d605254f
 def _mix(h):
     "Scramble 32 bits one to one (the finaliser of MurmurHash3, Appleby 2011)"
     h = (h ^ (h >> np.uint32(16))) * np.uint32(0x85EBCA6B)
@@ -311,7 +312,7 @@ def _mix(h):
 def shingles(
     texts, # strings
     k:int=4, # characters in a shingle
-) -> tuple[np.ndarray, np.ndarray]: # hashes of all texts' shingles, and the n + 1 bounds between them
+) -> tuple[np.ndarray, np.ndarray]: # hashes of all texts' shingles, and their n + 1 bounds
     "The hashed shingles of each text, repeats included; a text shorter than `k` has one"
     flat = [plain(t).ljust(k) for t in texts]
     line = np.frombuffer("".join(flat).encode("utf-32-le", "surrogatepass"), np.uint32)
@@ -376,14 +377,15 @@ def candidates(
     code = np.unique(np.concatenate(found))
     return np.stack([code // n, code % n], 1)
 
-# %% ../nbs/05_quality.ipynb #e00c16e0
+# %% ../nbs/05_quality.ipynb #9ad6cc44
 def pair_jaccard(
     texts, pairs:np.ndarray, # (m, 2)
     k:int=4, chunk:int=20_000, # pairs at a time, for memory
 ) -> np.ndarray: # (m,) of 0 to 1
     "Jaccard's coefficient of each pair of texts, exactly"
     h, at = shingles(texts, k)
-    own = np.unique(np.repeat(np.arange(len(texts), dtype=np.uint64), np.diff(at)) << np.uint64(32) | h)
+    owner = np.repeat(np.arange(len(texts), dtype=np.uint64), np.diff(at))
+    own = np.unique(owner << np.uint64(32) | h)              # each text's different shingles
     size = np.bincount((own >> np.uint64(32)).astype(np.int64), minlength=len(texts))
     start, own, out = np.cumsum(size) - size, own.astype(np.uint32), np.empty(len(pairs))
     for s in range(0, len(pairs), chunk):
@@ -391,8 +393,8 @@ def pair_jaccard(
         n = len(sides)//2
         counts, group = size[sides], np.tile(np.arange(n, dtype=np.uint64), 2)
         place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        both = np.repeat(group, counts) << np.uint64(32) | own[np.repeat(start[sides], counts) + place]
-        both.sort()
+        both = own[np.repeat(start[sides], counts) + place]
+        both = np.sort(np.repeat(group, counts) << np.uint64(32) | both)
         shared = both[1:][both[1:] == both[:-1]] >> np.uint64(32)
         common = np.bincount(shared.astype(np.int64), minlength=n)
         out[s:s + n] = common / (counts[:n] + counts[n:] - common)
@@ -413,7 +415,7 @@ def near_pairs(
     exact = pair_jaccard(texts, pairs, k)
     return pairs[exact >= threshold], exact[exact >= threshold]
 
-# %% ../nbs/05_quality.ipynb #5250e0c2
+# %% ../nbs/05_quality.ipynb #7f3dbf29
 def near_duplicates(
     rows, threshold:float=.7, seed:int=0,
 ) -> list[Finding]:
@@ -425,7 +427,7 @@ def near_duplicates(
     for (a, b), q, ans in sorted(zip(at.tolist(), alike, answers), key=lambda p: (p[0][1], -p[1])):
         i, j = own[a], own[b]
         if rows[i]["task"] != rows[j]["task"] or (j in out and out[j].action == "drop"): continue
-        if rows[i]["task"] in labelled: ans = float(same(rows[i]["output"]) == same(rows[j]["output"]))
+        if rows[i]["task"] in labelled: ans = float(_key(rows[i])[2] == _key(rows[j])[2])
         if ans < threshold: continue
         gone = i in out and out[i].action == "drop"
         out[j] = Finding("near", j, "input", f"nearly row {i} (similarity {q:.2f}), and so is the "
@@ -433,7 +435,7 @@ def near_duplicates(
                          "look" if gone else "drop")
     return list(out.values())
 
-# %% ../nbs/05_quality.ipynb #d55e8dab
+# %% ../nbs/05_quality.ipynb #8f9666cb
 def leaks(
     rows, test, # training rows, and the rows to be tested on
     threshold:float=.7, seed:int=0,
@@ -443,7 +445,8 @@ def leaks(
     pairs, alike = near_pairs(texts, threshold, seed=seed)
     whole, best = {same(asked(t)): i for i, t in reversed(list(enumerate(test)))}, {}
     for (t, j), s in zip(pairs.tolist(), alike):
-        if t < len(test) <= j and s > best.get(j - len(test), (0, 0))[0]: best[j - len(test)] = (s, t)
+        i = j - len(test)
+        if t < len(test) <= j and s > best.get(i, (0, 0))[0]: best[i] = (s, t)
     for i, r in enumerate(rows):
         if same(asked(r)) in whole: best[i] = (1., whole[same(asked(r))])
     return [Finding("leak", i, "input", f"{'is' if same(asked(rows[i])) in whole else 'is nearly'} "
@@ -494,7 +497,7 @@ def folds_of(y, folds:int=5, seed:int=0) -> np.ndarray: # (n,) numbers from 0 to
     out[order] = np.arange(len(y)) % folds
     return out
 
-# %% ../nbs/05_quality.ipynb #684b0dbf
+# %% ../nbs/05_quality.ipynb #c0570fd7
 def label_probs(
     features, # (n, features), of `text_features`
     y, # (n,) class numbers
@@ -507,7 +510,8 @@ def label_probs(
     trust = np.ones(len(y), bool) if trust is None else trust
     for k in range(folds):
         learn, ask = (fold != k) & trust, fold == k
-        if len(set(y[learn])) < 2: raise ValueError("Only one label is left to learn from: give more rows")
+        if len(set(y[learn])) < 2: raise ValueError("Only one label is left to learn from: "
+                                                    "give more rows")
         model = LogisticRegression(C=10, max_iter=100, tol=1e-3).fit(features[learn], y[learn])
         p[np.ix_(ask, model.classes_)] = model.predict_proba(features[ask])
     return p
@@ -528,12 +532,12 @@ def confident_errors(
     guess = np.where(over.sum(1) > 1, p.argmax(1), guess)
     return over.any(1) & (guess != y) & (p.argmax(1) != y)
 
-# %% ../nbs/05_quality.ipynb #4c362d22
+# %% ../nbs/05_quality.ipynb #a46ff542
 def suspects(
     features, y, ratio:float=3., # how many times as probable as the label another class must be
     rounds:int=3, folds:int=5, seed:int=0,
 ) -> tuple[np.ndarray, np.ndarray]: # (n,) True where suspect, and (n, classes) probabilities
-    "Rows whose label another class beats by `ratio`, for models that learn from the unsuspected rows"
+    "Rows whose label another class beats by `ratio`; models learn from unsuspected rows only"
     trust = np.ones(len(y), bool)
     for _ in range(rounds):
         p = label_probs(features, y, folds, seed, trust)
@@ -541,7 +545,7 @@ def suspects(
         if trust.all(): break
     return ~trust, p
 
-# %% ../nbs/05_quality.ipynb #d8e9f38f
+# %% ../nbs/05_quality.ipynb #6ef4f0be
 def wrong_labels(
     rows, ratio:float=3., rounds:int=3, folds:int=5, seed:int=0,
 ) -> list[Finding]: # `value` is the label that the model would give
@@ -553,7 +557,8 @@ def wrong_labels(
         ids = [i for i in ids if often[rows[i]["output"]] >= folds]
         names, y = np.unique([rows[i]["output"] for i in ids], return_inverse=True)
         if len(names) < 2: continue
-        bad, p = suspects(text_features([asked(rows[i]) for i in ids]), y, ratio, rounds, folds, seed)
+        x = text_features([asked(rows[i]) for i in ids])
+        bad, p = suspects(x, y, ratio, rounds, folds, seed)
         for n in np.flatnonzero(bad):
             best, own = p[n].max(), p[n, y[n]]
             out.append(Finding("label", ids[n], "output", f"{rows[ids[n]]['output']!r} has "
@@ -561,9 +566,9 @@ def wrong_labels(
                 float(1 - own/best), value=str(names[p[n].argmax()])))
     return sorted(out, key=lambda f: -f.score)
 
-# %% ../nbs/05_quality.ipynb #7e7f9940
+# %% ../nbs/05_quality.ipynb #d75fb796
 def robust_z(x, least:float=1e-9) -> np.ndarray: # z-scores
-    "How many robust standard deviations each value lies from the median; `least` is the smallest MAD"
+    "Robust standard deviations from the median; `least` is the smallest MAD to believe"
     x = np.asarray(x, float)
     off = x - np.median(x)
     return .6745*off / max(float(np.median(np.abs(off))), least)
@@ -615,20 +620,22 @@ def _spellings(outputs):
 
 test_labels = ["Till"]*20 + ["till", '"Till"', "Answer: Till", "Till.", "Boomerang"]
 
-# %% ../nbs/05_quality.ipynb #39a8751f
+# %% ../nbs/05_quality.ipynb #b6e7d423
 def _case(t): return "capitals" if t.isupper() else "small letters" if t.islower() else "mixed case"
 
 WRAPS = {"JSON": r"\s*[{\[].*[}\]]\s*", "a code fence": r"\s*```.*", "HTML": r"\s*<\w+[^>]*>.*",
-    "quotes": r"\s*([\"“'«]).*[\"”'»]\s*", "bold": r"\s*\*\*.*\*\*\s*", "a list": r"\s*([-*•]|1[.)])\s.*",
+    "quotes": r"\s*([\"“'«]).*[\"”'»]\s*", "bold": r"\s*\*\*.*\*\*\s*",
+    "a list": r"\s*([-*•]|1[.)])\s.*",
     "a heading": r"\s*(answer|output|response|reply|label|assistant)\s*:.*", "spaces": r"\s.*|.*\s"}
 DATES = {"2024-05-31": r"\b\d{4}-\d\d?-\d\d?\b", "31/5/2024": r"\b\d\d?/\d\d?/\d{2,4}\b",
-         "31.5.2024": r"\b\d\d?\.\d\d?\.\d{2,4}\b", "31 May": r"\b\d\d? (?:January|February|March|April"
-         r"|May|June|July|August|September|October|November|December)\b"}
+         "31.5.2024": r"\b\d\d?\.\d\d?\.\d{2,4}\b", "31 May": r"\b\d\d? (?:January|February|March"
+         r"|April|May|June|July|August|September|October|November|December)\b"}
 DECIMALS = {"1.50": r"(?<![\d.,])\d+\.\d\d?(?![\d.,])", "1,50": r"(?<![\d.,])\d+,\d\d?(?![\d.,])"}
 
 def style(text:str) -> dict: # respect → what this text does
     "How an answer is written, in the respects that apply to it"
-    def which(ways, test): return next((k for k, p in ways.items() if test(p, text, re.S | re.I)), None)
+    def which(ways, test):
+        return next((k for k, p in ways.items() if test(p, text, re.S | re.I)), None)
     out = {"wrapping": which(WRAPS, re.fullmatch) or "nothing"}
     if sum(map(str.isalpha, text)) >= 4: out["case"] = _case(text)
     last = text.rstrip()[-1:]
@@ -636,7 +643,7 @@ def style(text:str) -> dict: # respect → what this text does
     return out | {k: v for k, v in (("dates", which(DATES, re.search)),
                                     ("decimals", which(DECIMALS, re.search))) if v}
 
-# %% ../nbs/05_quality.ipynb #dbf7a27a
+# %% ../nbs/05_quality.ipynb #9817d78d
 def unwrap(text:str) -> str:
     "`text` out of JSON with one string, fences, quotes, bold, a heading and spaces"
     was, text = None, text
@@ -648,7 +655,8 @@ def unwrap(text:str) -> str:
             inner = next(iter(inner.values() if isinstance(inner, dict) else inner))
         if isinstance(inner, str): text = inner
         m = re.fullmatch(r"```\w*\n?(.*?)```|\*\*(.*)\*\*|[\"“«'](.*)[\"”»']|"
-                         r"(?:answer|output|response|reply|label|assistant)\s*:(.*)", text, re.S | re.I)
+                         r"(?:answer|output|response|reply|label|assistant)\s*:(.*)", text,
+                         re.S | re.I)
         if m: text = next(g for g in m.groups() if g is not None)
     return text
 
@@ -660,12 +668,12 @@ def _mended(text, odd, usual):
     now = style(new)
     return new if all(now.get(k, usual[k]) == usual[k] for k in odd) else None
 
-# %% ../nbs/05_quality.ipynb #8226d491
+# %% ../nbs/05_quality.ipynb #a0cfe4d8
 def inconsistent(
     rows, share:float=.9, # of a task's rows that must agree for a style to be the usual one
     least:int=10, # rows that must have the respect at all
 ) -> list[Finding]:
-    "Answers in another format than the rest of their task; `value` is the usual form where it is clear"
+    "Answers in another format than the rest of their task; `value` is the usual form, if clear"
     out, labelled = [], label_tasks(rows)
     for task, ids in by_task(rows).items():
         texts = {i: rows[i]["output"] for i in ids if not is_blank(rows[i]["output"])}
@@ -709,8 +717,8 @@ def odd_lengths(
                     for k in np.flatnonzero(abs(score) > z)]
     return out
 
-# %% ../nbs/05_quality.ipynb #b2a1c700
-def undisguise(text:str) -> tuple[str, list]: # the text, and where in the original each letter stood
+# %% ../nbs/05_quality.ipynb #ebe93c7a
+def undisguise(text:str) -> tuple[str, list]: # and where in the original each letter stood
     "`text` with full-width letters narrowed and invisible characters gone"
     out, at = [], []
     for i, c in enumerate(text):
@@ -721,31 +729,39 @@ def undisguise(text:str) -> tuple[str, list]: # the text, and where in the origi
         out.append(c); at.append(i)
     return "".join(out), at + [len(text)]
 
-# %% ../nbs/05_quality.ipynb #73e0f6d8
-_AT, _DOT = r"(?:\s?@\s?|\s?[(\[{]\s?at\s?[)\]}]\s?|\sat\s)", r"(?:\.|\s?[(\[{]\s?dot\s?[)\]}]\s?|\sdot\s)"
-EMAIL = re.compile(rf"[\w.+%-]{{1,64}}{_AT}(?:[\w-]{{1,63}}{_DOT}){{1,4}}[^\W\d_]{{2,24}}(?!\w)", re.I)
+# %% ../nbs/05_quality.ipynb #19474311
+_AT = r"(?:\s?@\s?|\s?[(\[{]\s?at\s?[)\]}]\s?|\sat\s)"
+_DOT = r"(?:\.|\s?[(\[{]\s?dot\s?[)\]}]\s?|\sdot\s)"
+EMAIL = re.compile(rf"[\w.+%-]{{1,64}}{_AT}"
+                   rf"(?:[\w-]{{1,63}}{_DOT}){{1,4}}[^\W\d_]{{2,24}}(?!\w)", re.I)
 CARD = re.compile(r"(?<![\w-])\d(?:[ -]?\d){12,18}(?![\w-])")
 IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}(?!\w)", re.I)
 PHONE = re.compile(r"(?<![\w.,/£$€-])(?:\+|00)?\(?\d(?:[ .()/-]{0,2}\d){6,24}(?![\w/-]|[.,]\d)")
 # ISO 13616: how long the IBANs of some countries are
-IBAN_LENGTH = dict(AT=20, BE=16, BG=22, CH=21, CY=28, CZ=24, DE=22, DK=18, EE=20, ES=24, FI=18, FR=27, GB=22,
-    GR=27, HR=21, HU=28, IE=22, IS=26, IT=27, LI=21, LT=20, LU=20, LV=21, MC=27, MT=31, NL=18, NO=15, PL=28,
-    PT=25, RO=24, SE=24, SI=19, SK=24, TR=26, UA=29, AE=23, IL=23, SA=24)
-IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|(?<![\w:])(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}", re.I)
+IBAN_LENGTH = dict(AT=20, BE=16, BG=22, CH=21, CY=28, CZ=24, DE=22, DK=18, EE=20, ES=24, FI=18,
+    FR=27, GB=22, GR=27, HR=21, HU=28, IE=22, IS=26, IT=27, LI=21, LT=20, LU=20, LV=21, MC=27,
+    MT=31, NL=18, NO=15, PL=28, PT=25, RO=24, SE=24, SI=19, SK=24, TR=26, UA=29, AE=23, IL=23,
+    SA=24)
+IP = re.compile(r"(?<![\w.])(?:\d{1,3}\.){3}\d{1,3}(?![\w.]*\d)|"
+                r"(?<![\w:])(?:[0-9a-f]{1,4}:){7}[0-9a-f]{1,4}", re.I)
 INSURANCE = re.compile(r"(?<!\w)(?!BG|GB|NK|KN|TN|NT|ZZ)[A-CEGHJ-PR-TW-Z][A-CEGHJ-NPR-TW-Z]"
-                       r"(?: ?\d\d){3} ?[A-D](?!\w)|(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
-ADDRESS = re.compile(r"(?<!\w)\d{1,4}[a-z]?,? (?:[A-Z][\w'-]+ ){1,3}(?:Street|St|Road|Rd|Lane|Ln|Avenue|Ave"
-    r"|Drive|Dr|Close|Court|Way|Place|Square|Terrace)\b(?:[ ,.]+[\w ]{0,30}?[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}\b)?"
+                       r"(?: ?\d\d){3} ?[A-D](?!\w)|"
+                       r"(?<![\w-])(?!000|666|9)\d{3}-(?!00)\d\d-(?!0000)\d{4}(?![\w-])")
+ADDRESS = re.compile(r"(?<!\w)\d{1,4}[a-z]?,? (?:[A-Z][\w'-]+ ){1,3}(?:Street|St|Road|Rd|Lane|Ln"
+    r"|Avenue|Ave|Drive|Dr|Close|Court|Way|Place|Square|Terrace)\b"
+    r"(?:[ ,.]+[\w ]{0,30}?[A-Z]{1,2}\d[A-Z\d]? ?\d[A-Z]{2}\b)?"
     r"|\b[A-Z]{1,2}\d[A-Z\d]? \d[A-Z]{2}\b")
-BIRTH = re.compile(r"\b(?:born|birth(?:day|date)?|dob)\W{1,3}(?:on |is |in )?\d{1,4}[ ./-]\w{1,9}[ ./-]\d{2,4}", re.I)
-PASSWORD = re.compile(r"\b(?:pass(?:word|phrase|code)?|pwd|pin|api[_ -]?key|secret|token)\s*(?:is|[:=])\s*"
+BIRTH = re.compile(r"\b(?:born|birth(?:day|date)?|dob)\W{1,3}(?:on |is |in )?"
+                   r"\d{1,4}[ ./-]\w{1,9}[ ./-]\d{2,4}", re.I)
+PASSWORD = re.compile(r"\b(?:pass(?:word|phrase|code)?|pwd|pin|api[_ -]?key|secret|token)"
+                      r"\s*(?:is|[:=])\s*"
                       r"[\"']?(?=\S*(?:\d|(?-i:[a-z][A-Z])))\S{4,}", re.I)
 
-# %% ../nbs/05_quality.ipynb #794c7d7e
+# %% ../nbs/05_quality.ipynb #3d90174b
 REGIONS = ("GB", "US", "DE", "FR")   # whose national numbers count without a country code
 
 def is_phone(text:str, regions=REGIONS) -> bool:
-    "Is it a number of a real numbering plan; or of the right length, and written like a phone number?"
+    "Is it a number of a real numbering plan, or of the right length and written like one?"
     import phonenumbers
     dated = r"\d{4}[./-]\d\d?[./-]\d\d?|\d\d?[./-]\d\d?[./-]\d{4}|\d{4}[/-]\d{4}"
     if re.fullmatch(dated, text.strip()): return False
@@ -762,18 +778,21 @@ def _public_ip(text):
     try: return ip_address(text).is_global
     except ValueError: return False
 
-# %% ../nbs/05_quality.ipynb #84c34e75
+# %% ../nbs/05_quality.ipynb #e189cffd
 @lru_cache(1)
 def _key_plugins():
-    "The detectors of detect-secrets that know a service's format; those that only measure disorder shout too often"
+    "Those detectors of detect-secrets that know a format; measuring disorder shouts too often"
     from detect_secrets.core.plugins.util import get_mapping_from_secret_type_to_class
-    skip = {"Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector", "IPPublicDetector"}
-    return [cls() for cls in get_mapping_from_secret_type_to_class().values() if cls.__name__ not in skip]
+    skip = {"Base64HighEntropyString", "HexHighEntropyString", "KeywordDetector",
+            "IPPublicDetector"}
+    found = get_mapping_from_secret_type_to_class().values()
+    return [cls() for cls in found if cls.__name__ not in skip]
 
 def _secrets(text):
     "Where keys and passwords stand"
     yield from (m.span() for m in PASSWORD.finditer(text))
-    block = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?!-----END)[\s\S])*(?:-----END [A-Z ]*-----)?")
+    block = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?!-----END)[\s\S])*"
+                       r"(?:-----END [A-Z ]*-----)?")
     yield from (m.span() for m in block.finditer(text))
     for m in re.finditer(r"\S{16,500}", text):
         word = m[0]
@@ -807,7 +826,7 @@ def _phones(text, regions):
         while s and not is_phone(s, regions): s = s.rpartition(" ")[0]
         if sum(map(str.isdigit, s)) >= 7: yield m.start(), m.start() + len(s)
 
-# %% ../nbs/05_quality.ipynb #eeacb0ab
+# %% ../nbs/05_quality.ipynb #38d643fb
 def spans(
     text:str, regions=REGIONS, # countries whose national phone numbers count
 ) -> list[tuple]: # (start, end, kind), in order, none overlapping
@@ -828,17 +847,18 @@ def mask(text:str, regions=REGIONS) -> str:
 def personal(rows, regions=REGIONS) -> list[Finding]:
     "Fields with personal data or secrets; `value` has them masked. The reason doesn't quote them"
     return [Finding("personal", i, f, ", ".join(k for *_, k in got), len(got), action="mend",
-                    value=mask(r[f], regions)) for i, r in enumerate(rows) for f in ("input", "output")
-            if (got := spans(r[f], regions))]
+                    value=mask(r[f], regions))
+            for i, r in enumerate(rows) for f in FIELDS if (got := spans(r[f], regions))]
 
-# %% ../nbs/05_quality.ipynb #90b56f24
+# %% ../nbs/05_quality.ipynb #05fe4ce5
 def balance(rows) -> dict: # task → {"counts", "effective"}
     "Rows of each label, and how many equal labels that would be worth: e to the entropy"
     out = {}
     for task in sorted(label_tasks(rows)):
         n = Counter(rows[i]["output"] for i in by_task(rows)[task])
         p = np.array(list(n.values()))/n.total()
-        out[task] = {"counts": dict(n.most_common()), "effective": float(np.exp(-(p*np.log(p)).sum()))}
+        out[task] = {"counts": dict(n.most_common()),
+                     "effective": float(np.exp(-(p*np.log(p)).sum()))}
     return out
 
 def word_runs(text:str, n:int) -> list[tuple]:
@@ -857,7 +877,9 @@ def coverage(texts, test, n:int) -> float: # 0 to 1
     runs = [g for t in test for g in word_runs(t, n)]
     return sum(g in known for g in runs)/max(1, len(runs))
 
-# %% ../nbs/05_quality.ipynb #ad41f05a
+# %% ../nbs/05_quality.ipynb #a47671df
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")
+
 def plot_map(
     rows, colour=None, # for each row a name to colour by; its answer or task unless told
     most:int=600, seed:int=0, # rows to show
@@ -877,8 +899,8 @@ def plot_map(
     ax, names = ax or plt.subplots(figsize=(6, 4.4), dpi=90)[1], [colour[i] for i in ids]
     for n, name in enumerate(n for n, _ in Counter(names).most_common(14)):
         at = [m == name for m in names]
-        ax.plot(*xy[at].T, "osD^v"[n//7 % 5], ms=4, alpha=.7, label=str(name)[:24],
-                color=("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#444444")[n % 7])
+        ax.plot(*xy[at].T, "osD^v"[n//len(PALETTE) % 5], ms=4, alpha=.7, label=str(name)[:24],
+                color=PALETTE[n % len(PALETTE)])
     ax.set(xlabel="t-SNE 1 (no unit)", ylabel="t-SNE 2 (no unit)")
     ax.legend(fontsize=7, bbox_to_anchor=(1, 1)); return ax
 
@@ -898,7 +920,7 @@ def _checkers(test, threshold, seed, count, regions):
         "topic": partial(off_topic, seed=seed), "format": inconsistent,
         "length": partial(odd_lengths, count=count), "personal": partial(personal, regions=regions)}
 
-# %% ../nbs/05_quality.ipynb #afd51edc
+# %% ../nbs/05_quality.ipynb #02f1c527
 @dataclass
 class Report:
     "What an audit found, to read, plot, save and clean by"
@@ -915,11 +937,11 @@ class Report:
         lines = [f"{len(self.rows):,} rows, {len({f.row for f in self.findings}):,} with findings"]
         for c in self.seconds:
             found, asks = self.by(c), Counter(f.action for f in self.by(c))
-            lines.append(f"  {c:10}{len({f.row for f in found}):6,} rows  {CHECKS[c]}"
-                         + (f" ({', '.join(f'{n} to {a}' for a, n in asks.items())})" if found else ""))
-        return "\n".join(lines + [f"  {k}: {v}" for k, v in self.stats.items() if not isinstance(v, dict)])
+            todo = f" ({', '.join(f'{n} to {a}' for a, n in asks.items())})" if found else ""
+            lines.append(f"  {c:10}{len({f.row for f in found}):6,} rows  {CHECKS[c]}{todo}")
+        return "\n".join(lines + [f"  {k}: {v}" for k, v in self.stats.items()])
 
-# %% ../nbs/05_quality.ipynb #82a00e38
+# %% ../nbs/05_quality.ipynb #efa77450
 def audit(
     dataset, # a `Dataset` or rows: instruction, input, output and, if there are several, task
     test=None, # rows to be tested on, for leaks and coverage
@@ -933,10 +955,11 @@ def audit(
     "Every check on every row; changes nothing. Raises `ValueError` for rows in another form"
     rows, test = check_rows(dataset), test and check_rows(test, "test")
     wrong = set(checks or ()) - set(CHECKS)
-    if wrong: raise ValueError(f"No check is called {sorted(wrong)[0]!r}; there are {', '.join(CHECKS)}")
+    if wrong: raise ValueError(f"No check is called {sorted(wrong)[0]!r}; "
+                               f"there are {', '.join(CHECKS)}")
     findings, seconds = [], {}
     for name, check in _checkers(test, threshold, seed, count, regions).items():
-        if (checks is not None and name not in checks) or (name == "leak" and test is None): continue
+        if name not in (checks or CHECKS) or (name == "leak" and not test): continue
         start = time.perf_counter()
         findings += check(rows)
         seconds[name] = time.perf_counter() - start
@@ -975,14 +998,16 @@ def _html_table(heads, lines):
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in lines)
     return f"<table><tr>{''.join(f'<th>{h}</th>' for h in heads)}</tr>{body}</table>"
 
-# %% ../nbs/05_quality.ipynb #a05e7f1f
+# %% ../nbs/05_quality.ipynb #d2e2fa4d
 def _section(report, check, most):
     "One check's findings, the first `most` of them"
     found = report.by(check)
     if not found: return ""
-    lines = [(f.row, _safe(asked(report.rows[f.row])), _safe(report.rows[f.row]["output"]), _safe(f.reason),
-              f.action + (f": {_safe(f.value)}" if f.value is not None else "")) for f in found[:most]]
-    more = f"<p>… and {len(found) - most:,} more; they are all in <code>report.findings</code>.</p>"
+    rows = [report.rows[f.row] for f in found[:most]]
+    lines = [(f.row, _safe(asked(r)), _safe(r["output"]), _safe(f.reason),
+              f.action + (f": {_safe(f.value)}" if f.value is not None else ""))
+             for f, r in zip(found, rows)]
+    more = f"<p>… and {len(found) - most:,} more: see <code>report.findings</code>.</p>"
     return (f"<h3>{check}: {CHECKS[check]} ({len(found):,})</h3>"
             + _html_table(["row", "question", "answer", "why", "action"], lines)
             + more*(len(found) > most))
@@ -993,12 +1018,14 @@ def report_html(
     "A report as HTML, all text escaped and personal data masked"
     head = _html_table(["check", "rows", "what it looks for"],
         [(c, f"{len({f.row for f in report.by(c)}):,}", CHECKS[c]) for c in report.seconds])
-    facts = _html_table(["of the set as a whole", ""], [(_safe(k), _safe(v)) for k, v in report.stats.items()])
-    title = f"<h2>{len(report.rows):,} rows, {len({f.row for f in report.findings}):,} with findings</h2>"
+    facts = _html_table(["of the set as a whole", ""],
+                        [(_safe(k), _safe(v)) for k, v in report.stats.items()])
+    bad = len({f.row for f in report.findings})
+    title = f"<h2>{len(report.rows):,} rows, {bad:,} with findings</h2>"
     return (f"{REPORT_CSS}<div class='audit'>{title}{head}{facts}"
             + "".join(_section(report, c, most) for c in report.seconds) + "</div>")
 
-# %% ../nbs/05_quality.ipynb #67e4b0a5
+# %% ../nbs/05_quality.ipynb #4e4c4a0a
 from fastcore.basics import patch
 
 @patch
@@ -1010,8 +1037,9 @@ def save_html(self:Report,
     most:int=500, # findings to write of each check
 ) -> Path:
     "Write the report as a page by itself; the old file or the new one is there, never half"
-    return write_atomic(path, "<!doctype html><html lang='en'><meta charset='utf-8'><title>Audit</title>"
-                        "<body style='font-family:sans-serif'>" + report_html(self, most) + "</body></html>")
+    return write_atomic(path, "<!doctype html><html lang='en'><meta charset='utf-8'>"
+        "<title>Audit</title><body style='font-family:sans-serif'>"
+        + report_html(self, most) + "</body></html>")
 
 @patch
 def plot(self:Report, ax=None):
@@ -1022,7 +1050,9 @@ def plot(self:Report, ax=None):
         n, left = len(self.rows), 0
         for action, col in (("drop", "#D55E00"), ("mend", "#0072B2"), ("look", "#999999")):
             share = 100*len({f.row for f in self.by(c) if f.action == action})/n
-            ax.barh(c, share, left=left, color=col, label=action if c == "empty" else None); left += share
+            ax.barh(c, share, left=left, color=col,
+                    label=action if c == next(iter(self.seconds)) else None)
+            left += share
     ax.set(xlabel="rows (%)", title=f"{len(self.rows):,} rows")
     ax.legend(fontsize=8); return ax
 
@@ -1061,7 +1091,7 @@ def _mend(row, finding):
     now = row[finding.field]
     return {**row, finding.field: mask(now) if finding.check == "personal" else finding.value}
 
-# %% ../nbs/05_quality.ipynb #a4f43a05
+# %% ../nbs/05_quality.ipynb #2eeb743e
 @patch
 def clean(self:Report,
     **actions, # check → drop, mend or look, instead of what the findings say
@@ -1078,6 +1108,6 @@ def clean(self:Report,
                 "after": None if new is None else new[f.field]})
             row = row if new is None else new
         if not drops: rows.append(row); kept.append(i)
-    if not rows: raise ValueError("No row would be left. Look at the report; clean(check='look') leaves "
-                                  "a check's findings alone")
+    if not rows: raise ValueError("No row would be left. Look at the report; "
+                                  "clean(label='look') leaves a check's findings alone")
     return Cleaned(Dataset.from_list(rows), log, kept)
