@@ -43,7 +43,7 @@ class Finding:
     action:str="drop"  # what `clean` does unless told otherwise: drop, mend or look
     value:str|None=None # the field's text, mended
 
-# %% ../nbs/05_quality.ipynb #f7810bca
+# %% ../nbs/05_quality.ipynb #b00f8a59
 FIELDS = ("instruction", "input", "output")
 
 def check_rows(
@@ -69,6 +69,9 @@ def _check_row(row, where):
         if row[f] is None: row[f] = ""
         if not isinstance(row[f], str): raise ValueError(f"{where}: {f!r} holds a "
             f"{type(row[f]).__name__}, not text. Write it as text, for instance with json.dumps")
+        try: row[f].encode()
+        except UnicodeEncodeError as e: raise ValueError(f"{where}: {f!r} holds half a character "
+            f"({row[f][e.start]!a}). Decode the file again, as UTF-8 or UTF-16") from None
     return row
 
 # %% ../nbs/05_quality.ipynb #ef283c01
@@ -850,12 +853,12 @@ def personal(rows, regions=REGIONS) -> list[Finding]:
                     value=mask(r[f], regions))
             for i, r in enumerate(rows) for f in FIELDS if (got := spans(r[f], regions))]
 
-# %% ../nbs/05_quality.ipynb #05fe4ce5
+# %% ../nbs/05_quality.ipynb #7b2eb4e3
 def balance(rows) -> dict: # task → {"counts", "effective"}
     "Rows of each label, and how many equal labels that would be worth: e to the entropy"
     out = {}
     for task in sorted(label_tasks(rows)):
-        n = Counter(rows[i]["output"] for i in by_task(rows)[task])
+        n = Counter(t for i in by_task(rows)[task] if not is_blank(t := rows[i]["output"]))
         p = np.array(list(n.values()))/n.total()
         out[task] = {"counts": dict(n.most_common()),
                      "effective": float(np.exp(-(p*np.log(p)).sum()))}
@@ -941,7 +944,7 @@ class Report:
             lines.append(f"  {c:10}{len({f.row for f in found}):6,} rows  {CHECKS[c]}{todo}")
         return "\n".join(lines + [f"  {k}: {v}" for k, v in self.stats.items()])
 
-# %% ../nbs/05_quality.ipynb #efa77450
+# %% ../nbs/05_quality.ipynb #31e33268
 def audit(
     dataset, # a `Dataset` or rows: instruction, input, output and, if there are several, task
     test=None, # rows to be tested on, for leaks and coverage
@@ -955,6 +958,7 @@ def audit(
     "Every check on every row; changes nothing. Raises `ValueError` for rows in another form"
     rows, test = check_rows(dataset), test and check_rows(test, "test")
     wrong = set(checks or ()) - set(CHECKS)
+    if corpus: corpora.info(corpus)                      # raises for a name that is not there
     if wrong: raise ValueError(f"No check is called {sorted(wrong)[0]!r}; "
                                f"there are {', '.join(CHECKS)}")
     findings, seconds = [], {}
@@ -984,15 +988,15 @@ def _stats(rows, test, corpus, count):
         out["share of the test's runs of 1, 2, 3 words seen in training"] = ", ".join(seen)
     return out
 
-# %% ../nbs/05_quality.ipynb #3a525c6b
+# %% ../nbs/05_quality.ipynb #172ed19c
 REPORT_CSS = """<style>.audit td,.audit th{text-align:left;vertical-align:top;padding:2px 8px}
 .audit td{max-width:36em;overflow-wrap:anywhere;white-space:pre-wrap}</style>"""
 
 def _safe(text, width=300):
-    "Text masked, cut and escaped, with half characters replaced"
+    "Text masked, cut and escaped"
     text = mask(str(text)[:5*width])
     text = text if len(text) <= width else text[:width - 1] + "…"
-    return html.escape(text.encode("utf-8", "replace").decode())
+    return html.escape(text)
 
 def _html_table(heads, lines):
     body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in line) + "</tr>" for line in lines)
