@@ -7,20 +7,21 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/quality.html.md"""
 # %% auto #0
 __all__ = ['FIELDS', 'MESSY', 'STRANGE', 'PERSONAL', 'PLANTS', 'HOLES', 'test_labels', 'WRAPS', 'DATES', 'DECIMALS', 'EMAIL',
            'CARD', 'IBAN', 'PHONE', 'IBAN_LENGTH', 'IP', 'INSURANCE', 'ADDRESS', 'BIRTH', 'PASSWORD', 'REGIONS',
-           'SEEKERS', 'PALETTE', 'CHECKS', 'REPORT_CSS', 'Finding', 'check_rows', 'asked', 'by_task', 'label_tasks',
-           'Planted', 'luhn', 'iban_ok', 'plant', 'Hits', 'hits', 'is_blank', 'empty', 'firsts', 'duplicates', 'plain',
-           'shingles', 'permutations', 'minhash', 'bands', 'candidates', 'pair_jaccard', 'near_pairs',
-           'near_duplicates', 'leaks', 'stance', 'conflicts', 'text_features', 'folds_of', 'label_probs',
+           'SEEKERS', 'PALETTE', 'CHECKS', 'NEEDS', 'REPORT_CSS', 'Finding', 'check_rows', 'asked', 'by_task',
+           'label_tasks', 'Planted', 'luhn', 'iban_ok', 'plant', 'Hits', 'hits', 'is_blank', 'empty', 'firsts',
+           'duplicates', 'plain', 'shingles', 'permutations', 'minhash', 'bands', 'candidates', 'pair_jaccard',
+           'near_pairs', 'near_duplicates', 'leaks', 'stance', 'conflicts', 'text_features', 'folds_of', 'label_probs',
            'self_confidence', 'confident_errors', 'suspects', 'wrong_labels', 'robust_z', 'neighbour', 'off_topic',
            'style', 'unwrap', 'inconsistent', 'rough_tokens', 'odd_lengths', 'undisguise', 'is_phone', 'spans', 'mask',
            'personal', 'balance', 'word_runs', 'distinct', 'coverage', 'plot_map', 'Report', 'audit', 'report_html',
            'Cleaned']
 
-# %% ../nbs/05_quality.ipynb #e4f623d7
+# %% ../nbs/05_quality.ipynb #90e3b8b3
 import html, json, random, re, string, time, unicodedata
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from ipaddress import ip_address
 from pathlib import Path
 import numpy as np
@@ -944,7 +945,18 @@ class Report:
             lines.append(f"  {c:10}{len({f.row for f in found}):6,} rows  {CHECKS[c]}{todo}")
         return "\n".join(lines + [f"  {k}: {v}" for k, v in self.stats.items()])
 
-# %% ../nbs/05_quality.ipynb #31e33268
+# %% ../nbs/05_quality.ipynb #e6bc93ee
+NEEDS = {"label": {"sklearn": "scikit-learn"}, "topic": {"sklearn": "scikit-learn"},
+         "personal": {"phonenumbers": "phonenumberslite", "detect_secrets": "detect-secrets"}}
+
+def _check_packages(checks):
+    "Raise `ImportError` with the remedy before any work is done"
+    for c in checks:
+        lack = [pip for name, pip in NEEDS.get(c, {}).items() if find_spec(name) is None]
+        if lack: raise ImportError(f"The check {c!r} needs {' and '.join(lack)}: pip install "
+            f"{' '.join(lack)}, or leave it out with checks=[…]")
+
+# %% ../nbs/05_quality.ipynb #b9b59357
 def audit(
     dataset, # a `Dataset` or rows: instruction, input, output and, if there are several, task
     test=None, # rows to be tested on, for leaks and coverage
@@ -955,12 +967,14 @@ def audit(
     regions=REGIONS, # countries whose phone numbers count without a country code
     seed:int=0,
 ) -> Report:
-    "Every check on every row; changes nothing. Raises `ValueError` for rows in another form"
+    "Every check on every row; changes nothing. Raises `ValueError` for rows in another form, " \
+    "`ImportError` for a package that a check needs"
     rows, test = check_rows(dataset), test and check_rows(test, "test")
     wrong = set(checks or ()) - set(CHECKS)
     if corpus: corpora.info(corpus)                      # raises for a name that is not there
     if wrong: raise ValueError(f"No check is called {sorted(wrong)[0]!r}; "
                                f"there are {', '.join(CHECKS)}")
+    _check_packages(checks or CHECKS)
     findings, seconds = [], {}
     for name, check in _checkers(test, threshold, seed, count, regions).items():
         if name not in (checks or CHECKS) or (name == "leak" and not test): continue

@@ -346,6 +346,12 @@ def test_bad_requests(report, train):
         with pytest.raises(ValueError, match=says): ask()
 
 
+def test_a_missing_package_is_named_before_the_work(monkeypatch, train):
+    monkeypatch.setattr(q, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="'personal' needs phonenumberslite and detect-secrets: pip install.*leave it out"): q.audit(train[:3], checks=["personal"])
+    assert q.audit(train[:3], checks=["empty", "format"]).findings == []
+
+
 def test_missing_values_are_empty_fields():
     rows = Dataset.from_list([row("a?", "b"), row("a", None), row(None, "c")])
     assert {(f.row, f.field) for f in q.audit(rows, checks=["empty"]).findings} == {(1, "output"), (2, "input")}
