@@ -1109,7 +1109,17 @@ def _mend(row, finding):
     now = row[finding.field]
     return {**row, finding.field: mask(now) if finding.check == "personal" else finding.value}
 
-# %% ../nbs/05_quality.ipynb #2eeb743e
+# %% ../nbs/05_quality.ipynb #9147c3d7
+def _settle(rows, kept, log):
+    "Drop the rows that mending made equal to an earlier one"
+    mended = {e["row"] for e in log}
+    twice = {f.row: f.other for f in duplicates(rows) if {kept[f.row], kept[f.other]} & mended}
+    log += [{"row": kept[n], "field": "input", "check": "duplicate", "reason": "the same as row "
+             f"{kept[o]} once mended", "action": "drop", "before": rows[n]["input"], "after": None}
+            for n, o in twice.items()]
+    stay = [n for n in range(len(rows)) if n not in twice]
+    return [rows[n] for n in stay], [kept[n] for n in stay]
+
 @patch
 def clean(self:Report,
     **actions, # check → drop, mend or look, instead of what the findings say
@@ -1128,4 +1138,5 @@ def clean(self:Report,
         if not drops: rows.append(row); kept.append(i)
     if not rows: raise ValueError("No row would be left. Look at the report; "
                                   "clean(label='look') leaves a check's findings alone")
+    if actions.get("duplicate") != "look": rows, kept = _settle(rows, kept, log)
     return Cleaned(Dataset.from_list(rows), log, kept)

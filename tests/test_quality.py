@@ -293,6 +293,13 @@ def test_no_row_is_lost_or_changed_in_silence(report, actions, tmp_path):
     if set(actions.values()) == {"look"}: assert not done.log and len(done.dataset) == len(report.rows)
 
 
+def test_copies_that_mending_makes_go_into_the_log():
+    rows = [row(f"question {chr(97 + i)} of many?", "Till" if i % 2 else "Porch") for i in range(20)] + [row("question b of many?", '"Till"')]
+    done = q.audit(rows, checks=["duplicate", "format"]).clean()
+    assert done.kept == list(range(20)) and [e["action"] for e in done.log if e["row"] == 20] == ["mend", "drop"]
+    assert len(q.audit(rows, checks=["format"]).clean(duplicate="look").dataset) == 21
+
+
 def test_the_log_and_the_page_hold_no_secret(report):
     done = report.clean()
     hit = {f.row: q.spans(report.rows[f.row][f.field]) for f in report.by("personal")}
