@@ -593,7 +593,7 @@ def neighbour(
         out[s:s + 1000] = np.partition(like, -k, axis=1)[:, -k]
     return out
 
-# %% ../nbs/05_quality.ipynb #873ecd6c
+# %% ../nbs/05_quality.ipynb #af6477d0
 def off_topic(
     rows, z:float=-2., # robust z-score below which a row is a stranger
     share:float=.03, # a group that is smaller than this share of the rows is strange
@@ -605,7 +605,7 @@ def off_topic(
     k = max(2, round(share*min(len(ids), most)))
     near = neighbour([asked(rows[i]) for i in ids], k, most, seed)
     score = robust_z(np.log(near + .01), least=.05)
-    return [Finding("topic", ids[n], "input", f"the {k}th nearest row is only {near[n]:.2f} alike "
+    return [Finding("topic", ids[n], "input", f"its neighbour number {k} is only {near[n]:.2f} alike "
                     f"(usual: {np.median(near):.2f})", float(-score[n]), action="look")
             for n in np.argsort(score) if score[n] < z]
 
@@ -782,7 +782,7 @@ def _public_ip(text):
     try: return ip_address(text).is_global
     except ValueError: return False
 
-# %% ../nbs/05_quality.ipynb #e189cffd
+# %% ../nbs/05_quality.ipynb #5e01c250
 @lru_cache(1)
 def _key_plugins():
     "Those detectors of detect-secrets that know a format; measuring disorder shouts too often"
@@ -798,10 +798,8 @@ def _secrets(text):
     block = re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----(?:(?!-----END)[\s\S])*"
                        r"(?:-----END [A-Z ]*-----)?")
     yield from (m.span() for m in block.finditer(text))
-    for m in re.finditer(r"\S{16,500}", text):
-        word = m[0]
-        if not (re.search(r"\d", word) and re.search(r"[A-Za-z]", word)): continue
-        if any(list(p.analyze_string(word)) for p in _key_plugins()): yield m.span()
+    for m in re.finditer(r"\S{16,500}", text):           # no word of a language is often that long
+        if any(list(p.analyze_string(m[0])) for p in _key_plugins()): yield m.span()
 
 # %% ../nbs/05_quality.ipynb #8e0efc30
 SEEKERS = {
@@ -830,13 +828,13 @@ def _phones(text, regions):
         while s and not is_phone(s, regions): s = s.rpartition(" ")[0]
         if sum(map(str.isdigit, s)) >= 7: yield m.start(), m.start() + len(s)
 
-# %% ../nbs/05_quality.ipynb #38d643fb
+# %% ../nbs/05_quality.ipynb #8004f4a2
 def spans(
     text:str, regions=REGIONS, # countries whose national phone numbers count
 ) -> list[tuple]: # (start, end, kind), in order, none overlapping
     "Where personal data and secrets stand in a text"
     flat, at = undisguise(text)
-    if not re.search(r"(?i)\d|@|\bat\b|pass|pwd|\bpin|key|secret|token", flat): return []
+    if not re.search(r"(?i)\d|@|\bat\b|pass|pwd|\bpin|key|secret|token|\S{16}", flat): return []
     taken = []
     for kind, seek in SEEKERS.items():
         for a, b in seek(flat, regions):
