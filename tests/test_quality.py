@@ -117,7 +117,7 @@ def test_minhash_equals_datasketch(train):
 
 # Wrong labels
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.integers(2, 6), st.integers(6, 80))
 def test_confident_learning_equals_cleanlab(seed, k, n):
     cleanlab = pytest.importorskip("cleanlab")
@@ -133,7 +133,7 @@ def test_confident_learning_equals_cleanlab(seed, k, n):
 def test_confident_learning_equals_cleanlab_on_banking77():
     cleanlab = pytest.importorskip("cleanlab")
     import cleanlab.filter
-    rows = corpora.load("banking77", "train", n=800)
+    rows = corpora.load("banking77", "train", n=500)
     names, y = np.unique(rows["output"], return_inverse=True)
     p = q.label_probs(q.text_features(rows["input"]), y, folds=3)
     p /= p.sum(1, keepdims=True)
@@ -210,7 +210,7 @@ def test_masking_keeps_the_rest_and_ignores_disguises():
     assert q.mask("GB82 WEST 1234 5698 7654 32 IS MINE") == "[IBAN] IS MINE"
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.text(max_size=60))
 def test_spans_are_in_order_and_inside(text):
     got = q.spans(text)
@@ -319,10 +319,10 @@ def test_hostile_text_is_shown_and_never_run(tmp_path):
 
 
 def test_one_huge_row_and_one_that_is_nothing(train):
-    rows = train[:60] + [row("tent " * 400_000, "Till"), row("\u200b", "")]
+    rows = train[:60] + [row("tent " * 100_000, "Till"), row("\u200b", "")]
     r = q.audit(rows)
     assert 60 in {f.row for f in r.findings} and 61 in {f.row for f in r.by("empty")}
-    assert len(q._repr_html_(r) if hasattr(q, "_repr_html_") else r._repr_html_()) < 300_000
+    assert len(r._repr_html_()) < 300_000
 
 
 def test_plots(report):
