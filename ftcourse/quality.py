@@ -350,10 +350,10 @@ def minhash(
                 (kinds*a[j] + b[j])[which], at[:-1])
     return sig
 
-# %% ../nbs/05_quality.ipynb #7ee640ff
+# %% ../nbs/05_quality.ipynb #3d9269ff
 def bands(
     threshold:float, # similarity from which pairs must be found
-    perms:int=128, recall:float=.995, # wanted at the threshold
+    perms:int=128, recall:float=.98, # wanted at the threshold
 ) -> tuple[int, int]: # number of bands, numbers in each
     "The narrowest S-curve that finds `recall` of the pairs at the threshold; raises `ValueError`"
     if not 0 < threshold <= 1:
@@ -381,30 +381,28 @@ def candidates(
     code = np.unique(np.concatenate(found))
     return np.stack([code // n, code % n], 1)
 
-# %% ../nbs/05_quality.ipynb #9ad6cc44
+# %% ../nbs/05_quality.ipynb #2dc04fd7
 def pair_jaccard(
     texts, pairs:np.ndarray, # (m, 2)
-    k:int=4, chunk:int=20_000, # pairs at a time, for memory
+    k:int=4, # characters in a shingle
 ) -> np.ndarray: # (m,) of 0 to 1
     "Jaccard's coefficient of each pair of texts, exactly"
     h, at = shingles(texts, k)
+    kinds, which = np.unique(h, return_inverse=True)
     owner = np.repeat(np.arange(len(texts), dtype=np.uint64), np.diff(at))
-    own = np.unique(owner << np.uint64(32) | h)              # each text's different shingles
-    size = np.bincount((own >> np.uint64(32)).astype(np.int64), minlength=len(texts))
-    start, own, out = np.cumsum(size) - size, own.astype(np.uint32), np.empty(len(pairs))
-    for s in range(0, len(pairs), chunk):
-        sides = pairs[s:s + chunk].T.ravel()                       # all left texts, then all right
-        n = len(sides)//2
-        counts, group = size[sides], np.tile(np.arange(n, dtype=np.uint64), 2)
-        place = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-        both = own[np.repeat(start[sides], counts) + place]
-        both = np.sort(np.repeat(group, counts) << np.uint64(32) | both)
-        shared = both[1:][both[1:] == both[:-1]] >> np.uint64(32)
-        common = np.bincount(shared.astype(np.int64), minlength=n)
-        out[s:s + n] = common / (counts[:n] + counts[n:] - common)
+    own = np.unique(owner << np.uint64(32) | which.astype(np.uint64))   # each text's kinds, once
+    cut = np.r_[0, np.cumsum(np.bincount((own >> np.uint64(32)).astype(int), minlength=len(texts)))]
+    own, board, marked = own.astype(np.uint32), np.zeros(len(kinds), bool), None
+    out, last = np.empty(len(pairs)), own[:0]
+    cut, order = cut.tolist(), np.argsort(pairs[:, 0], kind="stable")
+    for n, (i, j) in zip(order.tolist(), pairs[order].tolist()):
+        a, b = own[cut[i]:cut[i+1]], own[cut[j]:cut[j+1]]
+        if i != marked: board[last] = False; board[a] = True; marked, last = i, a
+        common = np.count_nonzero(board[b])
+        out[n] = common / (len(a) + len(b) - common)
     return out
 
-# %% ../nbs/05_quality.ipynb #c80e9ed5
+# %% ../nbs/05_quality.ipynb #dd665cb8
 def near_pairs(
     texts, threshold:float=.7, # Jaccard similarity from which a pair counts
     perms:int=128, k:int=4, seed:int=0,
@@ -412,10 +410,10 @@ def near_pairs(
     "Pairs of similar texts, without comparing all of them"
     sig = minhash(texts, perms, k, seed)
     pairs = candidates(sig, *bands(threshold, perms))
-    slack = 4*(threshold*(1 - threshold)/perms)**.5      # four standard errors of the estimate
-    alike = np.concatenate([np.zeros(0)] + [(sig[p[:, 0]] == sig[p[:, 1]]).mean(1)
-                                            for p in np.array_split(pairs, len(pairs)//50_000 + 1)])
-    pairs = pairs[alike >= threshold - slack]
+    slack = 3*(threshold*(1 - threshold)/perms)**.5      # three standard errors of the estimate
+    alike = np.concatenate([np.count_nonzero(sig[p[:, 0]] == sig[p[:, 1]], axis=1)
+                            for p in np.array_split(pairs, len(pairs)//8000 + 1)])
+    pairs = pairs[alike >= (threshold - slack)*perms]
     exact = pair_jaccard(texts, pairs, k)
     return pairs[exact >= threshold], exact[exact >= threshold]
 
