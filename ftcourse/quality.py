@@ -361,7 +361,12 @@ def bands(
     fit = [r for r in range(1, perms + 1) if 1 - (1 - threshold**r)**(perms//r) >= recall]
     return perms//max(fit, default=1), max(fit, default=1)
 
-# %% ../nbs/05_quality.ipynb #9d74d598
+# %% ../nbs/05_quality.ipynb #0a9c5457
+def _distinct(x):
+    "The different numbers, sorted; `np.unique` builds a hash table, slow where most differ"
+    x = np.sort(x)
+    return x[np.r_[True, x[1:] != x[:-1]][:len(x)]]
+
 def candidates(
     sig:np.ndarray, # (n, perms), of `minhash`
     n_bands:int, width:int, near:int=5, # neighbours in a bucket to pair with, besides its first
@@ -378,10 +383,10 @@ def candidates(
         for d in range(1, min(near, n - 1) + 1):
             alike = key[d:] == key[:-d]
             found.append((order[:-d]*n + order[d:])[alike])
-    code = np.unique(np.concatenate(found))
+    code = _distinct(np.concatenate(found))
     return np.stack([code // n, code % n], 1)
 
-# %% ../nbs/05_quality.ipynb #2dc04fd7
+# %% ../nbs/05_quality.ipynb #e3f3c322
 def pair_jaccard(
     texts, pairs:np.ndarray, # (m, 2)
     k:int=4, # characters in a shingle
@@ -390,9 +395,9 @@ def pair_jaccard(
     h, at = shingles(texts, k)
     kinds, which = np.unique(h, return_inverse=True)
     owner = np.repeat(np.arange(len(texts), dtype=np.uint64), np.diff(at))
-    own = np.unique(owner << np.uint64(32) | which.astype(np.uint64))   # each text's kinds, once
+    own = _distinct(owner << np.uint64(32) | which.astype(np.uint64))   # each text's kinds, once
     cut = np.r_[0, np.cumsum(np.bincount((own >> np.uint64(32)).astype(int), minlength=len(texts)))]
-    own, board, marked = own.astype(np.uint32), np.zeros(len(kinds), bool), None
+    own, board, marked = own.astype(np.uint32).astype(int), np.zeros(len(kinds), bool), None
     out, last = np.empty(len(pairs)), own[:0]
     cut, order = cut.tolist(), np.argsort(pairs[:, 0], kind="stable")
     for n, (i, j) in zip(order.tolist(), pairs[order].tolist()):
