@@ -16,7 +16,7 @@ __all__ = ['FIELDS', 'MESSY', 'STRANGE', 'PERSONAL', 'PLANTS', 'HOLES', 'test_la
            'personal', 'balance', 'word_runs', 'distinct', 'coverage', 'plot_map', 'Report', 'audit', 'report_html',
            'Cleaned']
 
-# %% ../nbs/05_quality.ipynb #90e3b8b3
+# %% ../nbs/05_quality.ipynb #1a3a3977
 import html, json, random, re, string, time, unicodedata
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field, replace
@@ -26,6 +26,7 @@ from ipaddress import ip_address
 from pathlib import Path
 import numpy as np
 from datasets import Dataset
+from fastcore.basics import patch
 from . import corpora
 from .corpora import Table, mistype, same
 from .formats import is_label
@@ -1044,9 +1045,7 @@ def report_html(
     return (f"{REPORT_CSS}<div class='audit'>{title}{head}{facts}"
             + "".join(_section(report, c, most) for c in report.seconds) + "</div>")
 
-# %% ../nbs/05_quality.ipynb #4e4c4a0a
-from fastcore.basics import patch
-
+# %% ../nbs/05_quality.ipynb #6908fb9f
 @patch
 def _repr_html_(self:Report): return report_html(self)
 
