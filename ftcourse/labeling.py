@@ -232,14 +232,15 @@ def _annotation(self:Labeling, row, a, said, names, where):
     return Annotation(row, _annotator(a, names, where), value,
                       _only(said.get("quality"), "quality", where), a.get("lead_time"), at, where)
 
-# %% ../nbs/05b_labeling.ipynb #41644595
+# %% ../nbs/05b_labeling.ipynb #21681be1
 def _load(export):
     "The export's list, from a path or as it is"
     if isinstance(export, list): return export
     path = Path(export)
     try: found = json.loads(path.read_text(encoding="utf-8-sig"))
     except json.JSONDecodeError as e:
-        raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: not JSON ({e.msg}). Export as JSON or JSON-MIN, and download it whole.") from None
+        raise ValueError(f"{path}, line {e.lineno}, column {e.colno}: not JSON "
+            f"({e.msg}). Export as JSON or JSON-MIN, and download it whole.") from None
     if not isinstance(found, list): raise ValueError(f"{path}: a {type(found).__name__}, not a "
         f"list of tasks. Export as JSON or JSON-MIN.")
     return found
