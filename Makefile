@@ -63,6 +63,6 @@ bench: setup ## speed beside sacreBLEU, rouge-score, and Hugging Face's Trainer 
 	@echo "Measuring the metrics (2 minutes), the memory planner (about 5), our LoRA layer (about 2), then training (about half an hour on two cores); leave the machine alone meanwhile …"
 	@missed=0; for b in metrics memory lora training; do $(PY) tests/benchmarks/bench_$$b.py $(if $(ROUNDS),--rounds "$(ROUNDS)") || missed=1; done; exit $$missed
 
-clean: ## take away what was built; the environment in .venv and your runs/ stay
+clean: ## take away what was built; the environments in .venv and .venv-labelstudio and your runs/ stay
 	rm -rf _proc _docs _site build dist .pytest_cache .hypothesis nbdev.yml sidebar.yml
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './$(VENV)/*' -not -path './.venv-labelstudio/*' -prune -exec rm -rf {} +

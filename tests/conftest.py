@@ -15,8 +15,11 @@ if "FTCOURSE_DATA" not in os.environ and (ROOT.parent/"shared"/"data").is_dir():
 def pytest_ignore_collect(collection_path, config):
     "Benchmarks and the tests against a server run when asked for (`make bench`, `make test-labelstudio`), never with the tests"
     for folder in ("benchmarks", "labelstudio"):
-        if folder in collection_path.relative_to(ROOT).parts:
-            return None if any(folder in Path(str(a)).parts for a in config.args) else True
+        if folder in _parts(collection_path): return None if any(folder in _parts(str(a).split("::")[0]) for a in config.args) else True
+
+
+def _parts(path): return Path(os.path.relpath(path, ROOT)).parts
+
 
 
 def pytest_collection_modifyitems(items):

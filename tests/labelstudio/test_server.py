@@ -188,6 +188,14 @@ def test_tokens(who, owner):
     with pytest.raises(urllib.error.HTTPError, match="legacy token authentication has been disabled"): me.with_legacy_token().call("GET", "/api/projects")
 
 
+def test_legacy_token_where_its_owner_allows_it():
+    "A second server, started with the switch that the lesson names"
+    with labelstudio.server(legacy=True) as old:
+        me = labelstudio.Client(old["url"]).sign(old["email"], old["password"])
+        person = me.with_legacy_token()
+        assert person.headers["Authorization"].startswith("Token ") and person.call("GET", "/api/current-user/whoami")["email"] == old["email"]
+
+
 def test_strangers_stay_out(who):
     with pytest.raises(urllib.error.HTTPError, match="401"): labelstudio.Client(who["url"]).call("GET", "/api/projects")
     with pytest.raises(urllib.error.HTTPError, match="403"): labelstudio.Client(who["url"]).sign("eve@example.org", "long-enough-2", "guessed")
