@@ -95,7 +95,7 @@ def _choices(self:Labeling):
                  layout=many), *("  " + _tag("Choice", value=l) for l in [*self.labels, FLAG]),
             "</Choices>"]
 
-# %% ../nbs/05b_labeling.ipynb #0e7226c9
+# %% ../nbs/05b_labeling.ipynb #18547d78
 STARS = 5
 BOX = (_tag("TextArea", name="answer", toName="input", value="$output", editable="true",
             maxSubmissions="1", rows="6", required="true"),
@@ -103,12 +103,15 @@ BOX = (_tag("TextArea", name="answer", toName="input", value="$output", editable
        _tag("Choices", "", name="flag", toName="input", choice="multiple"),
        "  " + _tag("Choice", value=FLAG), "</Choices>")
 
+def _small(title): return _tag("Header", size="5", value=title)
+
 @patch
 def config(self:Labeling) -> str: # XML
     "The labelling interface, to paste into Label Studio: Settings → Labeling Interface → Code"
-    head = [_tag("Header", value="What am I asked?"), _tag("Text", name="instruction",
-            value="$instruction"), _tag("Text", name="input", value="$input")]
-    body = [*head, *(self._choices() if self.labels else BOX)]
+    task = "Which label is right?" if self.labels else "Make this answer right. How good was it?"
+    body = [_small("The task"), _tag("Text", name="instruction", value="$instruction"),
+            _small("The input"), _tag("Text", name="input", value="$input"),
+            _small(task), *(self._choices() if self.labels else BOX)]
     return "\n".join(["<View>", *("  " + line for line in body), "</View>"])
 
 # %% ../nbs/05b_labeling.ipynb #8b287ace

@@ -1,11 +1,12 @@
 "A real Label Studio takes what lessons 05b and 08b write, and gives back what they read. `make test-labelstudio` starts the server"
-import json, os, secrets, sys, urllib.error
+import json, os, secrets, shutil, sys, urllib.error
 from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent/"tools"))
 import labelstudio  # noqa: E402
+from setup import BROWSERS  # noqa: E402
 from ftcourse.labeling import FLAG, Labeling, disagreements, majority, ratings
 from ftcourse.rating import krippendorff_alpha, new_study
 
@@ -38,9 +39,9 @@ def people(who, owner):
     return {name: new(name) for name in SAID}
 
 
-def project(owner, title, config, tasks):
+def project(owner, title, config, tasks, each=2):
     "A project with these tasks: its number, and the server's number of each task, in our order"
-    made = owner.call("POST", "/api/projects", dict(title=title, label_config=config, maximum_annotations=2))
+    made = owner.call("POST", "/api/projects", dict(title=title, label_config=config, **(dict(maximum_annotations=each) if each else {})))
     done = owner.call("POST", f"/api/projects/{made['id']}/import", tasks)
     assert done["task_count"] == len(tasks)
     there = owner.call("GET", f"/api/tasks?project={made['id']}&page_size=1000&fields=all")["tasks"]
@@ -151,6 +152,13 @@ def test_server_checks_the_page_but_not_the_answers(owner, people, routed):
         with pytest.raises(ValueError, match=says): work.read(export(owner, number))
 
 
+def test_a_new_project_asks_one_person_only(owner, people):
+    work = Labeling(ROWS[:1], LABELS)
+    number, ids, _ = project(owner, "queue", work.config(), work.tasks(), each=None)
+    annotate(people["anna"], ids[0], [entry("label", "input", "choices", choices=["Till"])])
+    with pytest.raises(urllib.error.HTTPError, match="404"): people["ben"].call("GET", f"/api/projects/{number}/next")
+
+
 def test_two_people_are_handed_the_same_task(owner, people):
     "With two annotations a task, the queue gives a task to the second person as well, and never twice to one"
     work = Labeling(ROWS[:1], LABELS)
@@ -199,3 +207,43 @@ def test_legacy_token_where_its_owner_allows_it():
 def test_strangers_stay_out(who):
     with pytest.raises(urllib.error.HTTPError, match="401"): labelstudio.Client(who["url"]).call("GET", "/api/projects")
     with pytest.raises(urllib.error.HTTPError, match="403"): labelstudio.Client(who["url"]).sign("eve@example.org", "long-enough-2", "guessed")
+
+
+BROWSER = next((b for b in map(shutil.which, BROWSERS) if b), None)
+
+
+@pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome: apt install chromium")
+def test_by_hand_in_a_browser(who, owner):
+    "The page as a person sees it: a label chosen, a prediction changed and one left, an answer mended and one left as it is"
+    from playwright.sync_api import expect, sync_playwright
+    me = labelstudio.Client(who["url"]).sign(who["email"], who["password"])
+    routes, replies = Labeling(ROWS[:3], LABELS), Labeling(ANSWERS, [])
+    r, r_ids, _ = project(owner, "by hand: labels", routes.config(), routes.tasks(predictions=True))
+    a, a_ids, _ = project(owner, "by hand: answers", replies.config(), replies.tasks())
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args="--no-sandbox --disable-gpu --no-first-run --disable-background-networking".split())
+        page = browser.new_context(viewport=dict(width=1400, height=900)).new_page()
+        page.context.add_cookies([dict(name=c.name, value=c.value, url=who["url"]) for c in me.jar])
+        page.on("dialog", lambda d: pytest.fail(f"a script of the data has run: {d.message}"))
+        def at(number, task):
+            page.goto(f"{who['url']}/projects/{number}/data?task={task}", timeout=90_000)
+            expect(page.get_by_role("button", name="Submit").first).to_be_visible(timeout=60_000)
+        def submit():
+            page.get_by_role("button", name="Submit").first.click()
+            expect(page.get_by_role("button", name="Update").first).to_be_visible(timeout=60_000)
+        at(r, r_ids[0])
+        expect(page.get_by_text("<script>alert(1)</script>").first).to_be_visible()
+        page.get_by_role("checkbox").filter(visible=True).first.wait_for(timeout=60_000)
+        page.get_by_text(LABELS[3]).first.click(); submit()     # changed
+        at(r, r_ids[1]); submit()                               # left as it was predicted
+        at(a, a_ids[0])
+        box = page.locator("textarea").first
+        expect(box).to_have_value(ANSWERS[0]["output"], timeout=60_000)
+        box.fill("Mended\nby hand"); submit()
+        at(a, a_ids[1]); expect(page.locator("textarea").first).to_have_value(ANSWERS[1]["output"], timeout=60_000); submit()
+        browser.close()
+    done = export(owner, r)
+    keep("by_hand.json", done)
+    assert [x.value for x in routes.read(done)] == [LABELS[3], "Till"]
+    assert [n["result"][0]["origin"] for t in done for n in t["annotations"]] == ["prediction-changed", "prediction"]
+    assert [x.value for x in replies.read(export(owner, a))] == ["Mended\nby hand", ANSWERS[1]["output"]]
