@@ -81,7 +81,7 @@ class Labeling:
     def __repr__(self): return (f"Labeling of {len(self.rows)} rows: "
         + (f"choose one of {len(self.labels)} labels" if self.labels else "improve the answer"))
 
-# %% ../nbs/05b_labeling.ipynb #535e94ef
+# %% ../nbs/05b_labeling.ipynb #9a4f666e
 def _tag(tag, close="/", **attributes):
     "An XML tag with its attributes escaped"
     said = "".join(f' {k}="{html.escape(v)}"' for k, v in attributes.items())
@@ -90,9 +90,9 @@ def _tag(tag, close="/", **attributes):
 @patch
 def _choices(self:Labeling):
     "The control for a label: a drop-down where there are many"
-    many = "select" if len(self.labels) > 20 else "inline"
+    layout = "select" if len(self.labels) > 20 else "inline"
     return [_tag("Choices", "", name="label", toName="input", choice="single", required="true",
-                 layout=many), *("  " + _tag("Choice", value=l) for l in [*self.labels, FLAG]),
+                 layout=layout), *("  " + _tag("Choice", value=l) for l in [*self.labels, FLAG]),
             "</Choices>"]
 
 # %% ../nbs/05b_labeling.ipynb #18547d78

@@ -227,10 +227,10 @@ def test_by_hand_in_a_browser(who, owner):
         page.on("dialog", lambda d: pytest.fail(f"a script of the data has run: {d.message}"))
         def at(number, task):
             page.goto(f"{who['url']}/projects/{number}/data?task={task}", timeout=90_000)
-            expect(page.get_by_role("button", name="Submit").first).to_be_visible(timeout=60_000)
+            expect(page.locator("button", has_text="Submit").first).to_be_visible(timeout=60_000)
         def submit():
-            page.get_by_role("button", name="Submit").first.click()
-            expect(page.get_by_role("button", name="Update").first).to_be_visible(timeout=60_000)
+            page.locator("button", has_text="Submit").first.click()
+            expect(page.locator("button", has_text="Update").first).to_be_visible(timeout=60_000)
         at(r, r_ids[0])
         expect(page.get_by_text("<script>alert(1)</script>").first).to_be_visible()
         page.get_by_role("checkbox").filter(visible=True).first.wait_for(timeout=60_000)
