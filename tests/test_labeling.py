@@ -296,6 +296,14 @@ def test_real_export_of_answers():
         assert back[1].value == back[2].value == 'Better: "yes" & <b>no</b>\nfor 40 days.'
 
 
+def test_real_export_of_answers_given_by_hand():
+    "What a person did on the page in a browser: one prediction changed, one left, one row not seen"
+    m, tasks = real(), json.loads((SERVER/"by_hand.json").read_text(encoding="utf-8"))
+    work = Labeling(m.ROWS[:3], m.LABELS)
+    assert [(a.row, a.value) for a in work.read(tasks)] == [(0, m.LABELS[3]), (1, "Till")] and work.read(tasks)[0].seconds > 0
+    assert [e["action"] for e in work.merge(work.read(tasks)).log] == ["changed"]
+
+
 def test_our_pretence_has_what_a_real_annotation_has(work):
     real_one = json.loads((SERVER/"route.json").read_text(encoding="utf-8"))[0]
     ours = exported(work, {1: [LABELS[0]]*6})[0]
