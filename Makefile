@@ -53,7 +53,7 @@ test: setup ## every test: about 50 minutes on two cores
 	@echo "Running every test, the lessons among them: about 50 minutes on two cores …"
 	@$(PY) -m pytest -q
 
-test-labelstudio: setup ## lessons 05b and 08b against a real Label Studio on this machine: installed once (5 to 6 minutes, 1 GB), then under a minute
+test-labelstudio: setup ## lessons 05b and 08b against a real Label Studio on this machine: installed once (5 to 6 minutes, 1 GB), then 1 to 4 minutes
 	@$(PY) tools/labelstudio.py
 
 docs: setup ## the site, without Quarto, into _proc/_docs: about 10 seconds

@@ -2,6 +2,7 @@
 
     python tools/labelstudio.py          # install once, start, run tests/labelstudio, stop: `make test-labelstudio`
     python tools/labelstudio.py --save   # and keep the server's exports, which tests/test_labeling.py reads without a server
+    python tools/labelstudio.py -k study # some of the tests: what else is given goes to pytest
 """
 import argparse, contextlib, hashlib, http.client, http.cookiejar, json, os, secrets, shutil, signal, socket, subprocess, sys, tempfile, time
 import urllib.error, urllib.parse, urllib.request
@@ -150,7 +151,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     p.add_argument("--pin", default=PIN, help=f"what to install; default {PIN}")
     p.add_argument("--save", action="store_true", help="keep the exports in tests/labelstudio")
-    a = p.parse_args()
+    a, more = p.parse_known_args()   # the rest is pytest's: -k browser
     for s in (signal.SIGTERM, signal.SIGHUP): signal.signal(s, lambda *_: sys.exit(1))   # so that the server is stopped
     took = install(pin=a.pin)
     start = time.time()
@@ -158,7 +159,7 @@ def main():
         up = time.time() - start
         print(f"{a.pin} is up at {who['url']} after {up:.0f} s", flush=True)
         env = {**os.environ, "FTCOURSE_LABELSTUDIO": json.dumps(who), "FTCOURSE_LABELSTUDIO_SAVE": "1" if a.save else ""}
-        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/labelstudio"], cwd=ROOT, env=env).returncode
+        failed = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/labelstudio", *more], cwd=ROOT, env=env).returncode
     print(f"Installing took {took:.0f} s, starting {up:.0f} s, all but installing {time.time() - start:.0f} s; the server is stopped.")
     return failed
 
