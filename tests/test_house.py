@@ -262,7 +262,7 @@ def test_make_alone_lists_the_targets():
     env = {k: v for k, v in os.environ.items() if not k.startswith("MAKE")}
     out = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, env=env).stdout
     assert out == subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, env=env).stdout
-    for t in "setup course lab lessons test docs bench clean help".split(): assert re.search(rf"^  {t}\s+\w", out, re.M), t
+    for t in "setup course lab lessons test test-labelstudio docs bench clean help".split(): assert re.search(rf"^  {t}\s+\w", out, re.M), t
 
 
 @needs_make
