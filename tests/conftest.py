@@ -21,7 +21,6 @@ def pytest_ignore_collect(collection_path, config):
 def _parts(path): return Path(os.path.relpath(path, ROOT)).parts
 
 
-
 def pytest_collection_modifyitems(items):
     "Cheap tests first, lessons last; those marked `cuda` wait for a GPU"
     last = ("test_site.py", "test_notebooks.py")
