@@ -45,7 +45,7 @@ def test_file_goes_before_built_in_and_environment_before_file(monkeypatch):
 
 def test_corpus_section_has_the_last_word_for_its_corpus_and_machine(monkeypatch):
     assert settings(corpus="banking77").train_rows == 3000
-    assert settings(corpus="banking77", profile="test").train_rows == 64
+    assert settings(corpus="banking77", profile="test").train_rows == 40
     assert settings(corpus="desk").train_rows == 1000
     monkeypatch.setenv("FTCOURSE_CORPUS", "banking77")
     assert (settings().train_rows, settings().max_new_tokens) == (3000, 16)
@@ -56,7 +56,7 @@ def test_corpus_section_has_the_last_word_for_its_corpus_and_machine(monkeypatch
 
 def test_profile_of_the_environment(monkeypatch):
     monkeypatch.setenv("FTCOURSE_PROFILE", "test")
-    assert settings().train_rows == 64 and settings("cpu").train_rows == 1000
+    assert settings().train_rows == 40 and settings("cpu").train_rows == 1000
 
 
 def test_a_section_of_the_learners_own_is_a_profile():
