@@ -104,14 +104,14 @@ def test_an_answer_stops_at_the_end_token_and_the_others_go_on(whole, tok, real)
     assert got == want and not any(t in a for a in got for t in tok.all_special_tokens)
 
 
-def test_every_end_token_of_the_model_ends_an_answer(m32, tok, real):
+def test_every_end_token_of_the_model_ends_an_answer(whole, tok, real):
     "Gemma ends a turn with <end_of_turn>, Phi-3 with <|end|>: the list stands in generation_config, not in the tokenizer"
     p = real[0][8]
-    said = tok(theirs(m32, tok, p), add_special_tokens=False).input_ids
-    was = m32.generation_config.eos_token_id
-    m32.generation_config.eos_token_id = [tok.eos_token_id, said[2]]
-    try: assert generate(m32, tok, [p], NEW)[0] == tok.decode(said[:2]).strip()
-    finally: m32.generation_config.eos_token_id = was
+    said = tok(theirs(whole, tok, p), add_special_tokens=False).input_ids
+    was = whole.generation_config.eos_token_id
+    whole.generation_config.eos_token_id = [tok.eos_token_id, said[2]]
+    try: assert generate(whole, tok, [p], NEW)[0] == tok.decode(said[:2]).strip()
+    finally: whole.generation_config.eos_token_id = was
 
 
 # ---------- other architectures, small and random
