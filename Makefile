@@ -50,9 +50,9 @@ lessons: setup ## run every lesson and save what it shows: tens of minutes on tw
 	@$(PY) tools/lessons.py
 	@$(VENV)/bin/nbdev-clean
 
-test: setup ## every test: about 45 minutes on two cores
+test: setup ## every test: about 50 minutes on two cores
 	@$(PY) tools/setup.py --browser
-	@echo "Running every test, the lessons among them: about 45 minutes on two cores …"
+	@echo "Running every test, the lessons among them: about 50 minutes on two cores …"
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(PY) -m pytest -q --durations=25 -n $(WORKERS) --dist loadgroup
 
 test-labelstudio: setup ## lessons 05b and 08b against a real Label Studio on this machine: installed once (5 to 6 minutes, 1 GB), then 1 to 4 minutes
