@@ -425,7 +425,7 @@ def _extract_row(kb, book, bank, topic, i, rng, used):
     return dict(input=write_thread(turns, phrase, book, bank, house, said, rng), output=out,
                 references=[out], facts=facts, phrasing=phrase)
 
-# %% ../nbs/03_corpora.ipynb #46ef877d
+# %% ../nbs/03_corpora.ipynb #8433fbd6
 def _follow_up_row(kb, book, bank, split, topic, i, rng):
     "Row `i` of a situation"
     situation, asked = book["follow_up"][topic], bank["follow_up"][topic]
@@ -436,8 +436,9 @@ def _follow_up_row(kb, book, bank, split, topic, i, rng):
     close = rng.choices(["", "signed", "unsigned"], [60, 25, 15])[0]
     end = [rng.choice(bank["closers"][close])] if close else []
     between = [[rng.choice(bank["asides"])]] if rng.random() < .25 else []
-    said = [[*opening, rng.choice(asked["first"])], *between, [phrase, *end]]
+    said = [[*opening, rng.choice(asked["first"])], *between, [phrase]]
     lines = [_spoken(parts, bank, fields, rng) for parts in said]
+    lines[-1] = fill(_join([lines[-1], *end]), fields).replace("\n", " - ")
     lines.insert(-1, "Desk: " + fill(rng.choice(situation["desk"]), fields))
     right, facts = write_replies(situation, fields, fields["name"] if close == "signed" else "")
     out = rng.choice(right)
@@ -636,11 +637,11 @@ def show(
     "The first `n` rows to look at"
     return Table([dataset[i] for i in range(min(n, len(dataset)))], columns, width)
 
-# %% ../nbs/03_corpora.ipynb #cea07d61
+# %% ../nbs/03_corpora.ipynb #c982ad11
 CARDS = {
     "desk": {
-        "how made": "each customer's sentence written for its queue or situation, slots and slips "
-                    "by seeded code, replies looked up in the knowledge base",
+        "how made": "each customer's sentence written for its queue or situation; slots and slips "
+                    "by seeded code; replies by case, numbers looked up in the knowledge base",
         "by whom": "the course's authors, with a language model as a co-writer; the test hand was "
                    "written apart from the training hand",
         "intended use": "teaching and experiments: every right answer is known",
@@ -657,15 +658,16 @@ CARDS["desk_threads"] = {
     "personal data": "none: names, towns and order numbers are drawn from lists, telephone numbers "
                      "from those reserved for fiction"}
 
-# %% ../nbs/03_corpora.ipynb #934d94b4
+# %% ../nbs/03_corpora.ipynb #f490b83c
 def _counted(name):
     "What can be counted of a corpus: rows, phrasings, words"
     rows = {s: load(name, s) for s in SPLITS}
     def middle(d, c): return sorted(len(t.split()) for t in d[c])[len(d) // 2]
     def sizes(of): return ", ".join(f"{len(of(d)):,}" for d in rows.values())
     out = {"rows: train, valid, test": sizes(lambda d: d)}
-    for task in info(name).tasks:
-        out[f"rows of {task}"] = sizes(lambda d: [t for t in d["task"] if t == task])
+    tasks = [f"{task} {sizes(lambda d: [t for t in d['task'] if t == task])}"
+             for task in info(name).tasks]
+    out["by task"] = "; ".join(tasks)
     if "phrasing" in rows["train"].column_names:
         out["phrasings behind them"] = sizes(lambda d: set(d["phrasing"]))
     return out | {f"words, median {c} of a training row": middle(rows["train"], c)
