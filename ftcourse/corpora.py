@@ -572,7 +572,7 @@ def labels(
     if name == "desk": return list(read_desk("kb.json")["queues"])
     return sorted({r["category"].replace("_", " ") for r in _csv(name, "train.csv")})
 
-# %% ../nbs/03_corpora.ipynb #f0a3b820
+# %% ../nbs/03_corpora.ipynb #871fe053
 def _handbook(kb):
     "The knowledge base's rules and products, a line each"
     def line(head, d):
@@ -591,6 +591,7 @@ def _form(kb, book):
     goods = [f"{', '.join(ps)}: {', '.join(book['faults'][k])}" for k, ps in kinds.items()]
     return "\n".join([*book["form"], *goods])
 
+# %% ../nbs/03_corpora.ipynb #2ec1e215
 def guide(
     name:str, # corpus
     task:str, # one of its tasks
