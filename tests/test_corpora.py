@@ -1,10 +1,12 @@
 "The registry tells the truth, files are the right ones, splits don't leak, replies keep the rules"
-import copy, hashlib, io, json, os, re, subprocess, sys, time
+import copy, difflib, hashlib, io, json, os, re, subprocess, sys, time
+from collections import Counter
 from pathlib import Path
 from urllib.error import URLError
 import pytest
 from ftcourse import corpora
-from ftcourse.corpora import SPLITS, compose, fill, info, labels, load, names, read_desk, same
+from ftcourse.corpora import (SPLITS, compose, compose_threads, data_card, fill, info, labels, load, names,
+                              read_desk, same)
 
 root = Path(__file__).resolve().parent.parent
 DATA = Path(os.environ.get("FTCOURSE_DATA") or root.parent/"shared"/"data")
@@ -36,7 +38,7 @@ def answers(rows): return [r for r in rows if r["task"] == "answer"]
 # ---------- the registry
 
 def test_every_entry_is_complete():
-    assert names() == ["desk", "e2e", "banking77", "legal"]
+    assert names() == ["desk", "desk_threads", "e2e", "banking77", "legal"]
     for n in names():
         c = info(n)
         assert c.about and c.licence and c.citation and c.source.startswith("https://") and c.revision
@@ -54,9 +56,22 @@ def test_hashes_are_those_of_the_files(name):
 
 def test_desk_hashes_are_those_of_its_files():
     folder = root/"ftcourse"/"data"/"desk"
-    files = {f: hashlib.sha256((folder/f).read_bytes()).hexdigest()
-             for f in ("answers.json", "kb.json", "test.json", "train.json")}
-    assert info("desk").sha256 == files
+    def hashes(*names): return {f"{f}.json": hashlib.sha256((folder/f"{f}.json").read_bytes()).hexdigest()
+                                for f in names}
+    assert info("desk").sha256 == hashes("answers", "kb", "test", "train")
+    assert info("desk_threads").sha256 == hashes("kb", "test", "threads", "threads_test", "threads_train", "train")
+    assert {f.name for f in folder.iterdir()} == {*info("desk").sha256, *info("desk_threads").sha256}
+
+
+# results that were saved on `desk` rest on these rows, in this order
+DESK_ROWS = {"train": "076934efb374a9792f1d4a927f095d61e0d94c6086aa13bdd9c20828c889ab8a",
+             "valid": "8d02bc2f671f46304b7882461118a9ae2a2518f6ce7a260361242345e6464e34",
+             "test": "e660a3ac8b87248c6a3ea2211af724aef4ec43ba622a61c93e6a46ddc2e081a1"}
+
+def test_desk_is_what_it_was(desk):
+    for s, want in DESK_ROWS.items():
+        text = json.dumps(desk[s], sort_keys=True, ensure_ascii=False)
+        assert hashlib.sha256(text.encode()).hexdigest() == want, s
 
 
 def test_nothing_is_unpickled():
@@ -64,11 +79,12 @@ def test_nothing_is_unpickled():
     assert not re.search(r"pickle|torch\.load|\beval\(|\bexec\(", code)
 
 
-# ---------- rows of all four
+# ---------- rows of all
 
 @real
 @pytest.mark.parametrize("name,want", [("e2e", (40_868, 547, 630)), ("banking77", (9_006, 990, 3_080)),
-                                       ("legal", (312, 35, 97)), ("desk", (1_374, 114, 308))])
+                                       ("legal", (312, 35, 97)), ("desk", (1_374, 114, 308)),
+                                       ("desk_threads", (1_126, 98, 174))])
 def test_counts_and_columns(name, want):
     got = [load(name, s) for s in SPLITS]
     assert tuple(map(len, got)) == want
@@ -80,7 +96,7 @@ def test_counts_and_columns(name, want):
 
 
 @real
-@pytest.mark.parametrize("name", ["desk", *PUBLIC])
+@pytest.mark.parametrize("name", ["desk", "desk_threads", *PUBLIC])
 def test_no_input_on_two_sides(name):
     a, b, c = ({same(t) for t in load(name, s)["input"]} for s in SPLITS)
     assert a and b and c and not (a & b or a & c or b & c)
@@ -129,7 +145,7 @@ def test_samples_are_nested_and_seeded():
 
 
 @pytest.mark.parametrize("call,says", [
-    (lambda: load("deks"), "there are desk, e2e, banking77, legal"),
+    (lambda: load("deks"), "there are desk, desk_threads, e2e, banking77, legal"),
     (lambda: load("my.csv"), "ftcourse.formats.load"),
     (lambda: load("desk", "dev"), "there are train, valid, test"),
     (lambda: load("desk", n=9999), "9,999 were asked for"),
@@ -138,6 +154,8 @@ def test_samples_are_nested_and_seeded():
     (lambda: labels("desk", "answer"), "it has ['route']"),
     (lambda: labels("e2e", "e2e"), "it has none"),
     (lambda: corpora.guide("desk", "extract"), "it has route, answer"),
+    (lambda: corpora.guide("desk_threads", "answer"), "it has extract, follow_up"),
+    (lambda: labels("desk_threads", "extract"), "it has none"),
     (lambda: fill("in {returns.dais} days", {"returns.days": 3}), "{returns.dais}"),
     (lambda: corpora.facts_table("a pub by the river"), "mr column")])
 def test_bad_requests_say_what_there_is(call, says):
@@ -322,14 +340,313 @@ def test_the_guide_holds_every_number():
     assert corpora.guide("e2e", "e2e") == ""
 
 
+# ---------- desk_threads: the banks
+
+@pytest.fixture(scope="module")
+def threads(): return {s: list(load("desk_threads", s)) for s in SPLITS}
+
+def of(task, rows): return [r for r in rows if r["task"] == task]
+def customer(text): return re.findall(r"^Customer: (.*)$", text, flags=re.M)
+
+def bank(split, slots=False):
+    "Every sentence of a hand"
+    def leaves(x): return [x] if isinstance(x, str) else [t for v in (x.values() if isinstance(x, dict) else x)
+                                                          for t in leaves(v)]
+    return leaves({k: v for k, v in read_desk(f"threads_{split}.json").items()
+                   if k not in ("rows", "order_ways", "slots")})
+
+
+def test_both_desks_have_the_promised_size(desk, threads):
+    book, kb = read_desk("threads.json"), read_desk("kb.json")
+    assert len(desk["train"]) + len(threads["train"]) >= 2_400
+    assert len(desk["test"]) + len(threads["test"]) >= 400
+    n = {s: Counter(r["task"] for r in threads[s]) for s in SPLITS}
+    assert n["train"]["extract"] >= 620 and n["train"]["follow_up"] >= 420
+    assert n["test"]["extract"] >= 80 and n["test"]["follow_up"] >= 60
+    assert set(book["faults"]) == set(kb["guarantee_years"]) and min(map(len, book["faults"].values())) >= 4
+    assert len({f for fs in book["faults"].values() for f in fs}) >= 34
+    assert len(book["follow_up"]) >= 24 and sum(s["push"] for s in book["follow_up"].values()) >= 10
+    assert len(bank("train")) >= 450 and len(bank("test")) >= 300
+    for s in ("train", "test"):
+        hand = read_desk(f"threads_{s}.json")
+        assert set(hand["faults"]) == {f for fs in book["faults"].values() for f in fs}
+        assert set(hand["things"]) == {p["name"] for p in kb["products"]}
+        assert set(hand["follow_up"]) == set(book["follow_up"])
+        whys = {t["why"] for task in ("extract", "follow_up") for t in book[task].values()}
+        assert {r["why"] for r in compose_threads(s)} == whys
+        assert {r["turns"] for r in threads[s]} == {1, 2, 3, 4}
+
+
+def test_threads_are_turns_on_lines(threads):
+    for s in SPLITS:
+        assert len({same(r["input"]) for r in threads[s]}) == len(threads[s])
+        for r in threads[s]:
+            lines = r["input"].split("\n")
+            assert all(re.match(r"(Customer|Desk): \S", t) for t in lines) and lines[-1].startswith("Customer")
+            assert r["turns"] == len(customer(r["input"])) and r["input"].count("Desk:") <= 3
+            assert not re.search(r"[{}#]|\.\.\.\.|,,| ,", r["input"]), r["input"]
+            if r["task"] == "follow_up": assert 2 <= r["turns"] <= 3 and "\nDesk: " in r["input"]
+
+
+def test_threads_test_is_by_another_hand(threads):
+    ours, theirs = bank("train"), bank("test")
+    older = {s: [p for part in ("route", "answer", "asks") for v in read_desk(f"{s}.json")[part].values() for p in v]
+             for s in ("train", "test")}
+    assert not {same(p) for p in ours} & {same(p) for p in theirs}
+    known = set().union(*(runs(p, 5) for p in [*ours, *older["train"]]))
+    assert not [p for p in theirs if runs(p, 5) & known]
+    known = set().union(*(runs(p, 5) for p in older["test"]))
+    assert not [p for p in ours if runs(p, 5) & known]   # nor does training give the older test away
+    p = [{r["phrasing"] for r in threads[s]} for s in SPLITS]
+    assert not (p[0] & p[1] or p[0] & p[2] or p[1] & p[2]) and len(p[2]) == len(threads["test"])
+
+
+def test_threads_draw_other_values():
+    a, b = (corpora._hand(s) for s in ("train", "test"))
+    for k in a["slots"].keys() & b["slots"]: assert not set(a["slots"][k]) & set(b["slots"][k]), k
+    for k in a["things"]: assert not {same(t) for t in a["things"][k]} & {same(t) for t in b["things"][k]}, k
+    for k, s in read_desk("threads.json")["follow_up"].items():
+        for slot, v in s.get("slots", {}).items():
+            if slot not in ("product", "years"): assert not set(v["train"]) & set(v["test"]), (k, slot)
+    assert not set(a["typos"]) & set(b["typos"])
+
+
+def test_no_sentence_stands_in_two_places():
+    for s in ("train", "test"):
+        twice = [p for p, n in Counter(map(same, bank(s))).items() if n > 1]
+        assert not twice, twice
+
+
+def test_a_product_is_called_what_no_other_is():
+    names_ = {p["name"]: p["nick"] for p in read_desk("kb.json")["products"]}
+    for s in ("train", "test"):
+        said = [(same(t), name) for name, ts in read_desk(f"threads_{s}.json")["things"].items() for t in ts]
+        assert len({t for t, _ in said}) == len(said) >= 48
+        assert not {t for t, _ in said} & {same(x) for pair in names_.items() for x in pair}
+
+
+# ---------- desk_threads: extract, by another way
+
+def spoken_numbers(line):
+    return ["LM" + a + b for a, b in re.findall(r"\bLM[ -]?(\d{3}) ?(\d{3})\b", line, flags=re.I)]
+
+def order_of(r):
+    "The order number that follows from the text; from `why` only which rule holds"
+    said = list(dict.fromkeys(n for line in customer(r["input"]) for n in spoken_numbers(line)))
+    lines = r["input"].split("\n")
+    echoed = {n for t in lines if t.startswith("Desk") for n in spoken_numbers(t)}
+    asked = [i for i, t in enumerate(lines) if t.startswith("Desk") and "order number" in t]
+    if not said: return None
+    if echoed: return next(n for n in said if n not in echoed)   # what the desk repeats is wrong
+    if "taken back" in r["why"] or r["why"].startswith("two hard") and not asked: return said[-1]
+    return spoken_numbers(lines[asked[-1]+1])[0] if asked else said[0]   # an answer to the question
+
+
+def test_the_order_follows_from_the_text(threads):
+    for s in SPLITS:
+        for r in of("extract", threads[s]):
+            assert json.loads(r["output"])["order"] == order_of(r), r
+
+
+def test_the_product_follows_from_the_text(threads):
+    kb, book = read_desk("kb.json"), read_desk("threads.json")
+    kind = {p["name"]: p["kind"] for p in kb["products"]}
+    for s in SPLITS:
+        things = read_desk(f"threads_{'test' if s == 'test' else 'train'}.json")["things"]
+        ways = sorted(((t, p) for p in things for t in [*things[p], p]), key=lambda w: -len(w[0]))
+        sure = 0
+        rows = of("extract", threads[s])
+        for r in rows:
+            text, found, form = " ".join(customer(r["input"])).lower(), set(), json.loads(r["output"])
+            for t, p in ways:   # the longest name at each place
+                if re.search(rf"\b{re.escape(t.lower())}\b", text):
+                    found.add(p)
+                    text = re.sub(rf"\b{re.escape(t.lower())}\b", "_", text)
+            if form["product"] is None: assert not found, r
+            can = {p for p in found if form["problem"] in (None, *book["faults"][kind[p]])}
+            if len(can) == 1:   # one product of those named can have this fault
+                sure += 1
+                assert can == {form["product"]}, r
+        assert sure > .6 * len(rows)
+
+
+def test_the_problem_follows_from_the_phrasing(threads):
+    book, kb = read_desk("threads.json"), read_desk("kb.json")
+    kind = {p["name"]: p["kind"] for p in kb["products"]}
+    for s in SPLITS:
+        hand = read_desk(f"threads_{'test' if s == 'test' else 'train'}.json")
+        means = {p: f for f, v in hand["faults"].items() for ps in v.values() for p in ps}
+        for r in of("extract", threads[s]):
+            form = json.loads(r["output"])
+            assert list(form) == ["order", "product", "problem"] and r["references"] == [r["output"]]
+            assert r["output"] == json.dumps(form, ensure_ascii=False)
+            assert r["facts"] == [v for v in form.values() if v is not None]
+            assert form["problem"] == means.get(r["phrasing"]) and (
+                form["problem"] or r["phrasing"] in hand["no_fault"])
+            if form["product"] and form["problem"]: assert form["problem"] in book["faults"][kind[form["product"]]]
+            # the phrasing is in the text, but for slots and a slip of the finger
+            text = " ".join(words(" ".join(customer(r["input"]))))
+            for piece in re.split(r"\{\w+\}", r["phrasing"]):
+                piece = " ".join(words(piece))
+                m = difflib.SequenceMatcher(None, text, piece, autojunk=False)
+                assert sum(b.size for b in m.get_matching_blocks()) >= .85 * len(piece), r
+
+
+def test_each_why_is_true_of_its_rows(threads):
+    for s in SPLITS:
+        for r in of("extract", threads[s]):
+            form, said = json.loads(r["output"]), " ".join(customer(r["input"]))
+            n, why = len(set(spoken_numbers(said))), r["why"]
+            if why.startswith("the order number is missing"): assert n == 0 and form["order"] is None
+            if "taken back" in why or why.startswith("a second order number"): assert n == 2
+            if "product is never named" in why or "two products are of it" in why: assert form["product"] is None
+            if why == "no fault is told": assert form["problem"] is None and form["product"]
+            if why == "the desk repeats the order number wrongly":
+                assert [x for x in spoken_numbers(r["input"]) if x != form["order"]]
+            if why == "everything stands in one message": assert r["turns"] == 1 and None not in form.values()
+            if why == "four messages, a fact in each": assert r["turns"] == 4 and None not in form.values()
+
+
+# ---------- desk_threads: follow_up
+
+def test_every_follow_up_states_every_fact(threads):
+    for s in SPLITS:
+        for r in of("follow_up", threads[s]):
+            assert r["facts"] and len(set(r["references"])) >= 2 and r["references"][0] == r["output"]
+            for text in r["references"]: assert all(f in text for f in r["facts"]), r
+
+
+def test_numbers_in_follow_ups_come_from_the_rules_or_the_thread(threads):
+    kb = read_desk("kb.json")
+    def numbers(text): return set(re.findall(r"\d[\d.,]*\d|\d", text))
+    known = numbers(json.dumps([kb["policies"], kb["products"], kb["guarantee_years"]]))
+    for s in SPLITS:
+        for r in of("follow_up", threads[s]):
+            for text in r["references"]: assert numbers(text) <= known | numbers(r["input"]), r
+            for line in re.findall(r"^Desk: (.*)$", r["input"], flags=re.M): assert numbers(line) <= known, r
+
+
+def test_voice_of_follow_ups(threads):
+    people = {n for f in ("train.json", "test.json") for n in read_desk(f)["slots"]["name"]}
+    for s in SPLITS:
+        for r in of("follow_up", threads[s]):
+            last = re.search(r"(\w+)\W*$", r["input"])
+            signed = last[1].title() if last and last[1].title() in people else ""
+            for text in r["references"]:
+                hello = re.match(r"Hello (\w+)\. ", text)
+                assert (hello[1] if hello else "") == signed, r
+                assert "!" not in text and text.lower().count("sorry") + text.count("apolog") <= 1, r
+                rest = re.sub(r"^(Hello \w+\. )?(I'm sorry about this\. )?", "", text)
+                assert 2 <= len(re.findall(r"[.?](?= |$)", rest)) <= 4 and text.endswith("."), r
+            assert "!" not in " ".join(re.findall(r"^Desk: .*$", r["input"], flags=re.M))
+
+
+# situation -> rule, and whether the first case is up to the limit or from it
+LIMITS = {"other_item": ("returns", "days", "<="), "boots_late": ("returns", "trial_days", "<="),
+          "member_longer": ("returns", "member_days", "<="), "second_parcel": ("delivery", "late_after", "<="),
+          "bigger_basket": ("delivery", "free_over", ">="), "points_enough": ("campfire", "block", ">="),
+          "price_mine": ("prices", "drop_days", "<="), "still_time": ("orders", "change_minutes", "<="),
+          "parts_for_this": ("pay", "from", ">="), "how_many_of_us": ("groups", "items", ">="),
+          "not_there_yet": ("delivery", "wait_hours", "<")}
+
+def case_of(book, r):
+    "Which case a reply is worded by: the one whose wording fits best"
+    bare = re.sub(r"^(Hello \w+\. )?(I'm sorry about this\. )?", "", r["output"])
+    def like(c): return max(difflib.SequenceMatcher(None, re.sub(r"\{[\w.]+\}", "0", w),
+                            re.sub(r"\d[\d.]*", "0", bare), autojunk=False).ratio() for w in c["reply"])
+    cases = book["follow_up"][r["topic"]]["cases"]
+    return max(range(len(cases)), key=lambda i: like(cases[i]))
+
+def test_the_case_follows_from_the_number_in_the_last_message(threads):
+    kb, book = read_desk("kb.json"), read_desk("threads.json")
+    assert {k for k, s in book["follow_up"].items() if len(s["cases"]) > 1} == {*LIMITS, "guarantee_age"}
+    for s in SPLITS:
+        for r in of("follow_up", threads[s]):
+            if r["topic"] not in LIMITS: continue
+            area, key, op = LIMITS[r["topic"]]
+            n, limit = int(re.findall(r"\d+", customer(r["input"])[-1])[0]), kb["policies"][area][key]
+            first = {"<=": n <= limit, ">=": n >= limit, "<": n < limit}[op]
+            assert case_of(book, r) == (0 if first else 1), r
+
+
+def test_every_case_of_a_follow_up_can_happen_on_both_sides():
+    kb = read_desk("kb.json")
+    for name, s in read_desk("threads.json")["follow_up"].items():
+        assert all(len(c["reply"]) >= 2 and c["facts"] for c in s["cases"]) and len(s["desk"]) >= 2
+        if len(s["cases"]) == 1: continue
+        slot, kinds = s["cases"][0]["when"].split()[0], s["slots"].get("product", "any").split("|")
+        for split in ("train", "test"):
+            years = [y for k, y in kb["guarantee_years"].items() if kinds == ["any"] or k in kinds]
+            seen = {corpora.holds(s["cases"][0]["when"], {**corpora.rules(kb), slot: v, "product.years": y})
+                    for v in s["slots"][slot][split] for y in years}
+            assert seen == {True, False}, (name, split)
+
+
+def test_another_season_changes_follow_ups_and_no_form():
+    kb = read_desk("kb.json")
+    new = copy.deepcopy(kb)
+    new["policies"]["returns"].update(days=31, label_fee="4.95")
+    new["policies"]["delivery"]["ireland_fee"] = "13.25"
+    before, after = compose_threads("train"), compose_threads("train", new)
+    for a, b in zip(before, after, strict=True):
+        assert (a["task"], a["topic"], a["phrasing"]) == (b["task"], b["topic"], b["phrasing"])
+        if a["task"] == "extract": assert a == b
+        else: assert customer(a["input"]) == customer(b["input"])
+    changed = Counter(a["topic"] for a, b in zip(before, after) if a["references"] != b["references"])
+    assert set(changed) == {"other_item", "friend_member", "to_ireland", "still_time", "push_ignore", "push_staff",
+                            "push_false_rule", "push_worn", "push_stars"}
+    for b in after:
+        if b["topic"] == "to_ireland": assert "£13.25" in b["output"] and "£11.50" not in b["output"]
+
+
+def test_the_threads_guide_holds_what_a_newcomer_needs():
+    kb, book, form = read_desk("kb.json"), read_desk("threads.json"), corpora.guide("desk_threads", "extract")
+    for p in kb["products"]:
+        line = next(t for t in form.split("\n") if p["name"] in t)
+        assert all(f in line for f in book["faults"][p["kind"]])
+    rule_book = corpora.guide("desk_threads", "follow_up")
+    assert corpora.guide("desk", "answer") in rule_book and all(h in rule_book for h in book["house"])
+
+
+def test_the_data_card_counts_its_rows(desk, threads):
+    card = {r[""]: r for r in data_card("desk", "desk_threads").rows}
+    for name, rows in (("desk", desk), ("desk_threads", threads)):
+        assert card["rows: train, valid, test"][name] == ", ".join(f"{len(rows[s]):,}" for s in SPLITS)
+        assert card["phrasings behind them"][name] == ", ".join(f"{len({r['phrasing'] for r in rows[s]}):,}"
+                                                                for s in SPLITS)
+        assert card["licence"][name] == info(name).licence
+        assert all(card[k][name] for k in ("how made", "by whom", "intended use", "not for", "known limits"))
+
+
+@real
+def test_threads_are_as_diverse_as_banking77(threads):
+    import random
+    def measures(texts, budget=6000):
+        kept, n = [], 0
+        for t in random.Random(0).sample(texts, len(texts)):
+            w = re.findall(r"[\w']+", t.lower())
+            if n + len(w) > budget: break
+            kept.append(w); n += len(w)
+        grams = [[tuple(w[i:i+k]) for w in kept for i in range(len(w)-k+1)] for k in (1, 2)]
+        return [len(set(g)) / len(g) for g in grams] + [n / len(kept)]
+    bank77 = {s: measures(load("banking77", s)["input"]) for s in ("train", "test")}
+    for s in ("train", "test"):
+        for task in ("extract", "follow_up"):
+            ours = measures([" ".join(customer(r["input"])) for r in of(task, threads[s])])
+            print(s, task, ours, bank77[s])
+            assert all(a >= b for a, b in zip(ours, bank77[s])), (s, task, ours, bank77[s])
+
+
 # ---------- the same everywhere, and quick
 
 def test_same_rows_in_every_process(desk):
     code = """
 import json
 from ftcourse.corpora import load
-print(json.dumps([load("desk", s, n)[:] for s, n in (("train", None), ("test", 99))]))"""
-    here = json.dumps([load("desk", s, n)[:] for s, n in (("train", None), ("test", 99))])
+print(json.dumps([load(c, s, n)[:] for c in ("desk", "desk_threads")
+                  for s, n in (("train", None), ("test", 99))]))"""
+    here = json.dumps([load(c, s, n)[:] for c in ("desk", "desk_threads")
+                       for s, n in (("train", None), ("test", 99))])
     for seed in ("1", "2"):
         there = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True,
                                env={**os.environ, "PYTHONHASHSEED": seed}, check=True).stdout
@@ -342,6 +659,9 @@ def test_desk_loads_in_two_seconds_without_a_network(monkeypatch):
     start = time.perf_counter()
     for s in SPLITS: load("desk", s)
     assert time.perf_counter() - start < 2
+    start = time.perf_counter()
+    for s in SPLITS: load("desk_threads", s)
+    assert time.perf_counter() - start < 4
 
 
 def test_tables_show_text_and_do_not_obey_it():

@@ -139,7 +139,7 @@ def cases(d):
     tests = [(f"any {w} left", f"No {w}", "test") for w in words]
     return {
         "no such file": (["--data", str(d/"nowhere.csv")], {}, ["nowhere.csv"]),
-        "no such corpus": (["--data", "dsk"], {}, ["'dsk'", "desk, e2e, banking77, legal"]),
+        "no such corpus": (["--data", "dsk"], {}, ["'dsk'", "desk, desk_threads, e2e, banking77, legal"]),
         "empty": (["--data", put("empty.csv", "")], {}, ["empty.csv is empty"]),
         "header only": (["--data", put("head.csv", "question,answer\n")], {}, ["head.csv", "no rows"]),
         "no answer": (["--data", put("gap.csv", "question,answer\na,b\nc,\n")], {}, ["row 3", "empty"]),

@@ -151,7 +151,7 @@ def test_bad_files(put, case):
 
 def test_errors_about_names(put, tmp_path):
     with pytest.raises(FileNotFoundError, match="no.csv"): load(str(tmp_path/"no.csv"))
-    with pytest.raises(ValueError, match="No corpus is called 'dsk'; there are: desk, e2e, banking77, legal"): load("dsk")
+    with pytest.raises(ValueError, match="No corpus is called 'dsk'; there are: desk, desk_threads, e2e, banking77, legal"): load("dsk")
     f = put("a.csv", "text,label\na,b\n")
     with pytest.raises(ValueError, match="has no column 'mail'; there are: text, label"): read(f, {"input": "mail"})
     with pytest.raises(ValueError, match="'question' is not one of instruction, input, output, split"):

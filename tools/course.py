@@ -13,7 +13,7 @@ SAID = (ValueError, OSError, KeyError, RuntimeError, MemoryError, FloatingPointE
 
 def options(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", help="desk, e2e, banking77, legal, or the path of a .csv, .tsv, .json or .jsonl file")
+    p.add_argument("--data", help="desk, desk_threads, e2e, banking77, legal, or the path of a .csv, .tsv, .json or .jsonl file")
     p.add_argument("--input", help="the file's column with the question, if its name can't be guessed")
     p.add_argument("--output", help="the file's column with the answer, likewise")
     p.add_argument("--instruction", help="what to tell the model, for a file without such a column")
