@@ -2,6 +2,7 @@
 import itertools, json, math, random, socket, subprocess, sys, time
 from collections import Counter
 from functools import partial
+import nltk, nltk.corpus
 import numpy as np
 import pytest
 import sacrebleu
@@ -13,7 +14,7 @@ from sacrebleu.metrics import CHRF, TER
 from ftcourse import metrics
 from ftcourse.metrics import (NIST_REFS, as_evaluate, bits_per_byte, bleu, caption_words, chrf,
     chrf_words, cider, entity_finder, entity_score, information, json_f1, json_fields, meteor,
-    meteor_pairs, nist, perplexity, rouge, ter, ter_edits, token_f1, tokenize_13a)
+    meteor_pairs, nist, perplexity, rouge, ter, ter_edits, token_f1, tokenize_13a, wordnet_synonyms)
 from humans import CIDER, NIST, ROOT, needs_e2e, outputs, references, streams, systems, tables
 from test_metrics import quick, rows, texts
 
@@ -191,6 +192,53 @@ def test_meteor_equals_nltk_on_anything(pairs, stems, synonyms):
 def test_meteor_constants(h, r, alpha, beta, gamma):
     ours = meteor([h], [r], alpha=alpha, beta=beta, gamma=gamma).value
     assert abs(ours - nltk_meteor([h], [[r]], alpha=alpha, beta=beta, gamma=gamma)[0]) < 1e-9
+
+
+LEXNAMES = ("adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body noun.cognition "
+            "noun.communication noun.event noun.feeling noun.food noun.group noun.location noun.motive noun.object noun.person "
+            "noun.phenomenon noun.plant noun.possession noun.process noun.quantity noun.relation noun.shape noun.state noun.substance "
+            "noun.time verb.body verb.change verb.cognition verb.communication verb.competition verb.consumption verb.contact "
+            "verb.creation verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl").split()
+
+
+@pytest.fixture
+def wordnet(tmp_path, monkeypatch):
+    "NLTK's reader over a real WordNet: the one NLTK has, or Debian's two packages with the one list that they leave out"
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    try: return WordNetCorpusReader(nltk.data.find("corpora/wordnet"), None)
+    except LookupError: pass
+    for command in ("apt-get download wordnet-base wordnet-sense-index", "for d in *.deb; do dpkg -x $d . || exit 1; done"):
+        if subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True).returncode:
+            pytest.skip(f"no WordNet, and `{command}` failed: python -m nltk.downloader wordnet")
+    data, part = tmp_path/"corpora"/"wordnet", dict(noun=1, verb=2, adj=3, adv=4)
+    data.parent.mkdir()
+    (tmp_path/"usr/share/wordnet").rename(data)
+    (data/"lexnames").write_text("".join(f"{i:02}\t{n}\t{part[n.split('.')[0]]}\n" for i, n in enumerate(LEXNAMES)))
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])   # NLTK opens files below its own path only
+    return WordNetCorpusReader(nltk.data.find("corpora/wordnet"), None)
+
+
+@needs_e2e
+@pytest.mark.filterwarnings("ignore:The multilingual functions")
+def test_meteor_with_a_real_wordnet_equals_nltk(wordnet):
+    synonyms = wordnet_synonyms(wordnet)
+    assert "place" in synonyms("located") and not any("_" in w for w in synonyms("turn"))
+    refs = references()[:150]
+    for system in ("tgen", "slug"):
+        hyps = outputs(system)[:150]
+        theirs = 100*np.array([meteor_score([tokenize_13a(r) for r in row], tokenize_13a(h), wordnet=wordnet)
+                               for h, row in zip(hyps, refs)])
+        ours = meteor(hyps, refs, stem=stem, synonyms=synonyms)
+        assert np.abs(ours.rows() - theirs).max() < 1e-9
+        assert ours.value > meteor(hyps, refs, stem=stem).value and "modules:exact+stem+synonym" in ours.signature
+
+
+def test_without_a_wordnet_the_error_says_what_to_do(monkeypatch):
+    from nltk.corpus.util import LazyCorpusLoader
+    from nltk.corpus.reader.wordnet import WordNetCorpusReader
+    monkeypatch.setattr(nltk.data, "path", [])
+    monkeypatch.setattr(nltk.corpus, "wordnet", LazyCorpusLoader("wordnet", WordNetCorpusReader, None))
+    with pytest.raises(LookupError, match="nltk.downloader wordnet"): wordnet_synonyms()
 
 
 def test_meteor_of_the_thread():
