@@ -1,5 +1,5 @@
 "Any make of record becomes messages or a reason; any file streams; labels are exact under any template; nothing is cut or leaks in silence"
-import copy, csv, io, json, random, resource, sys
+import copy, csv, io, json, random, re, resource, subprocess, sys, zipfile
 import pytest, torch
 from hypothesis import HealthCheck, given, settings as hyp, strategies as st
 from ftcourse import conversations as cv, formats, models
@@ -356,16 +356,12 @@ def generated(n, seed):
         yield talk(*(text() for _ in range(2*rng.choice([1, 1, 1, 2, 2, 3]))), system=text() if rng.random() < .5 else None)
 
 
-@templates
-def test_the_mask_is_exact(dressed, name):
-    "1,500 conversations for each of seven templates: 10,500"
-    t = dressed[name]
-    coder, table = ChatEncoder(t), bytes_of(t)
+def check_masks(name, t, table, n):
+    "Every answer asked for once, to the byte, after the tokens that a server would send; how many conversations need several rows"
+    coder, talks, several = ChatEncoder(t), list(generated(n, name)), 0
     assert coder.plain
-    talks = list(generated(1500, name))
     truth = [oracle(name, m, lambda s: formats._neutral(s, t)) for m in talks]
-    served = iter(t([p for o in truth for p, _ in o], add_special_tokens=False).input_ids)   # what a server would send
-    several = 0   # conversations that need more rows than one
+    served = iter(t([p for o in truth for p, _ in o], add_special_tokens=False).input_ids)
     for (number, rows), want in zip(coder.stream(talks), truth, strict=True):
         left = [(p.encode(), a.encode(), next(served)) for p, a in want]
         several += len(rows) > 1
@@ -382,7 +378,45 @@ def test_the_mask_is_exact(dressed, name):
                     assert done[start:] == answer, (number, name)
                     start = None
         assert not left, "every answer is learnt once"
+    return several
+
+
+@templates
+def test_the_mask_is_exact(dressed, name):
+    "1,500 conversations for each of seven templates: 10,500"
+    several = check_masks(name, dressed[name], bytes_of(dressed[name]), 1500)
     assert several if name in ("Mistral", "Llama-3") else True
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory):
+    "Mistral's SentencePiece files, out of a wheel that is not installed: transformers would take its tokenizer for its own"
+    folder = tmp_path_factory.mktemp("mistral")
+    p = subprocess.run([sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--retries=1", "-d", str(folder),
+                        "mistral-common==1.13.1"], capture_output=True, text=True)
+    if p.returncode: pytest.skip("the wheel of mistral-common can't be had: " + p.stderr[-200:])
+    return zipfile.ZipFile(next(folder.glob("*.whl")))
+
+
+def sentencepiece(wheel, folder, version):
+    "Mistral's own tokenizer as transformers reads it, and id → bytes"
+    from transformers import LlamaTokenizerFast
+    (folder/"tokenizer.model").write_bytes(wheel.read(next(n for n in wheel.namelist() if n.endswith(f".model.{version}"))))
+    t = LlamaTokenizerFast.from_pretrained(folder, legacy=False)
+    t.chat_template = TEMPLATES["Mistral"][0]
+    def read(piece):
+        byte = re.fullmatch("<0x(..)>", piece)
+        return bytes([int(byte[1], 16)]) if byte else piece.replace("▁", " ").encode()
+    return t, {i: read(p) for p, i in t.get_vocab().items()}
+
+
+@pytest.mark.parametrize("version", ["v1", "v3"])
+def test_the_mask_is_exact_with_a_real_sentencepiece_tokenizer(mistral, tmp_path, version):
+    "Pieces that depend on what stands before them; in v1 [INST] is text, in v3 a token"
+    t, table = sentencepiece(mistral, tmp_path, version)
+    assert not cv.cuts_at_special(t)
+    assert (len(t("[INST]", add_special_tokens=False).input_ids) == 1) == (version == "v3")
+    assert check_masks("Mistral", t, table, 400)
 
 
 @templates
