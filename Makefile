@@ -62,7 +62,7 @@ docs: setup ## the site, without Quarto, into _proc/_docs: about 10 seconds
 	@$(PY) tools/pages.py
 
 bench: setup ## speed beside sacreBLEU, rouge-score, datasketch, and Hugging Face's chat templates, Trainer and generate; the memory planner's error, the LoRA layer beside peft's: about 45 minutes; ROUNDS=5 for more rounds
-	@echo "Measuring the metrics (2 minutes), reading and encoding (1), near copies among 100,000 rows (2), the memory planner (about 5), our LoRA layer (about 2), then training (about half an hour on two cores); leave the machine alone meanwhile …"
+	@echo "Measuring the metrics (2 minutes), reading and encoding (3), near copies among 100,000 rows (2), the memory planner (about 5), our LoRA layer (about 2), then training (about half an hour on two cores); leave the machine alone meanwhile …"
 	@missed=0; for b in metrics formats quality memory lora training; do $(PY) tests/benchmarks/bench_$$b.py $(if $(ROUNDS),--rounds "$(ROUNDS)") || missed=1; done; exit $$missed
 
 clean: ## take away what was built; the environments in .venv and .venv-labelstudio and your runs/ stay
