@@ -1,16 +1,10 @@
 "A real JupyterLab in a real Chromium: rate twenty, kill the kernel in between, resume, and the results are right"
-import json, os, re, shutil, signal, socket, subprocess, sys, time
-from pathlib import Path
-from urllib.request import urlopen
+import os, re, signal
 import pytest
+from lab import in_browser, jupyterlab, opened, wait_for, write_notebook
+from ftcourse.rating import new_study, open_study
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT/"tools"))
-from setup import BROWSERS  # noqa: E402
-from ftcourse.rating import new_study, open_study  # noqa: E402
-
-BROWSER = next((b for b in map(shutil.which, BROWSERS) if b), None)
-pytestmark = pytest.mark.skipif(not BROWSER, reason="no Chromium or Chrome: apt install chromium")
+pytestmark = in_browser
 EVIL = "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>"
 SYSTEMS = {"secret-tuned": [f"alpha says {i} {EVIL}" for i in range(20)], "secret-base": [f"beta says {i} <b>bold</b>" for i in range(20)]}
 ROWS = [dict(input=f"question {i} {EVIL}") for i in range(20)]
@@ -25,56 +19,16 @@ def wanted(number): return "tie" if number % 5 == 4 else "alpha" if number % 3 e
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory):
-    "A JupyterLab with its settings, runtime and working folder all in a folder of its own"
+    "A folder with a study, and the address of the notebook that rates it"
     home = tmp_path_factory.mktemp("lab")
     new_study(home/"ratings.db", SYSTEMS, ROWS)
-    (home/"rate.ipynb").write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}},
-        cells=[dict(cell_type="code", id="one", metadata={}, execution_count=None, outputs=[], source=CELL)])))
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(home), "IPYTHONDIR": str(home/".ipython"), "JUPYTER_CONFIG_DIR": str(home/".config"),
-           "JUPYTER_RUNTIME_DIR": str(home/".run"), "JUPYTER_DATA_DIR": str(home/".data"), "JUPYTERLAB_SETTINGS_DIR": str(home/".set"),
-           "JUPYTERLAB_WORKSPACES_DIR": str(home/".spaces")}
-    quiet = home/".set/@jupyterlab/apputils-extension"   # no question about news over the page
-    quiet.mkdir(parents=True)
-    (quiet/"notification.jupyterlab-settings").write_text('{"fetchNews": "false", "checkForUpdates": false, "doNotDisturbMode": true}')
-    log = open(home/"lab.log", "w")
-    p = subprocess.Popen([sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0",
-                          "--IdentityProvider.token=t", "--LabApp.news_url=", "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-                          f"--ServerApp.root_dir={home}"], cwd=home, env=env, stdout=log, stderr=log, start_new_session=True)
-    try:
-        wait_for(lambda: urlopen(f"http://127.0.0.1:{port}/api/status?token=t", timeout=2).status == 200, 40, "JupyterLab does not answer", home/"lab.log")
-        yield home, f"http://127.0.0.1:{port}/lab/tree/rate.ipynb?token=t"
-    finally:
-        os.killpg(p.pid, signal.SIGTERM)
-        try: p.wait(10)
-        except subprocess.TimeoutExpired: os.killpg(p.pid, signal.SIGKILL)
-        log.close()
-
-
-def wait_for(true, seconds, what, log=None):
-    end = time.time() + seconds
-    while time.time() < end:
-        try:
-            if true(): return
-        except OSError: pass
-        time.sleep(.1)
-    raise AssertionError(what + (":\n" + log.read_text()[-2000:] if log else ""))
+    write_notebook(home/"rate.ipynb", CELL)
+    with jupyterlab(home, "rate.ipynb") as url: yield home, url
 
 
 @pytest.fixture
 def page(lab):
-    from playwright.sync_api import sync_playwright
-    home, url = lab
-    with sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args="--no-sandbox --disable-gpu --no-first-run --disable-background-networking".split())
-        page = browser.new_page(viewport=dict(width=1200, height=900))
-        page.set_default_timeout(30_000)
-        page.route("**/*", lambda r: r.continue_() if r.request.url.startswith(("http://127.0.0.1", "data:", "blob:")) else r.abort())
-        page.goto(url)
-        yield page
-        browser.close()
+    with opened(lab[1]) as page: yield page
 
 
 def keys(page): return page.get_by_placeholder("click here, then use the keys")
