@@ -8,6 +8,7 @@ from lab import ROOT, in_browser, jupyterlab, opened, wait_for, write_notebook
 from ftcourse.memory import planner_html
 
 pytestmark = in_browser
+expect.set_options(timeout=30_000)   # two test processes share the machine
 # The picture of lesson 09c needs the update of a trained model; any matrices do to see that the sliders turn it
 STANDS_IN = """import matplotlib.pyplot as plt, torch
 from ftcourse.variants import captured
@@ -36,7 +37,7 @@ def page(tmp_path_factory):
         page.set_viewport_size(dict(width=1400, height=2400))   # both outputs at once: what is out of sight is not drawn
         page.locator(".jp-Notebook .jp-Cell .cm-content").first.click()
         for _ in range(2): page.keyboard.press("Shift+Enter")
-        page.locator(".jp-OutputArea img[src^=blob]").wait_for(timeout=90_000)
+        page.locator(".jp-OutputArea img[src^=blob]").wait_for(timeout=180_000)
         yield page
 
 
