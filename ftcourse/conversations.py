@@ -32,6 +32,10 @@ def _turn(n, t):
     if not named: raise ValueError(f"turn {n} is {t!r:.60}; it needs role and content, or from "
                                    "and value")
     role, text = (t[k] for k in named[0])
+    lost = next((k for k in ("function_call", "reasoning_content", "thinking") if t.get(k)), None)
+    if lost: raise ValueError(f"turn {n} has {lost}, which would be lost: only text is read")
+    if not isinstance(t.get("weight", 0), (int, float, type(None))):
+        raise ValueError(f"turn {n} has the weight {t['weight']!r}: a number is wanted, 0 or 1")
     if str(role).lower() not in ROLES or t.get("tool_calls"):
         tool = " and calls a tool" if t.get("tool_calls") else ""
         raise ValueError(f"turn {n} is of the role {role!r}{tool}; there are: {', '.join(ROLES)}, "
@@ -66,7 +70,8 @@ def _pair(rec, columns=None):
     p, c = rec["prompt"], rec["completion"]
     if isinstance(p, list) and isinstance(c, list): return _chat({"messages": p + c})
     strip = lambda x: x.strip() if isinstance(x, str) else x
-    return [_said("user", strip(p)), _said("assistant", strip(c))]
+    first = [_said("system", rec["system"])] if rec.get("system") else []
+    return [*first, _said("user", strip(p)), _said("assistant", strip(c))]
 
 # %% ../nbs/04b_conversations.ipynb #8a83872f
 def _alpaca(rec, columns=None):
@@ -85,20 +90,24 @@ def _names(have, columns): return find_columns(have, dict(columns), "the row")
 def _columns(rec, columns=None):
     "A row of a table, by the names of its columns (`formats.COLUMNS`, or yours)"
     names = _names(tuple(rec), tuple((columns or {}).items()))
-    text = lambda v: "" if v is None else str(v).strip() if isinstance(v, (str, int, float)) else v
+    text = lambda v: "" if v is None or v != v else str(v).strip() if isinstance(v, (str, int, float)) else v
     row = {"instruction": "", "input": "", **{o: text(rec[t]) for o, t in names.items()}}
     return to_messages(row)[0 if row["instruction"] or not row["input"] else 1:]
 
 # %% ../nbs/04b_conversations.ipynb #2c268579
 def _answer(annotation):
     "What one annotator chose or wrote"
-    out = []
+    out = {}
     for r in annotation.get("result") or []:
         if r.get("type") not in ("choices", "textarea"):
             raise ValueError(f"an annotation of the type {r.get('type')!r} is no text; choices "
                              "and textarea are")
-        out += r["value"].get("choices") or r["value"].get("text") or []
-    return "\n".join(out)
+        said = r["value"].get("choices") or r["value"].get("text") or []
+        if said: out.setdefault(r.get("from_name"), []).extend(
+            [said] if isinstance(said, str) else said)
+    if len(out) > 1: raise ValueError(f"several controls were answered ({', '.join(map(str, out))}): "
+        "export only the one that holds the answer")
+    return "\n".join(*out.values()) if out else ""
 
 # %% ../nbs/04b_conversations.ipynb #91f2baf3
 def _label_studio(rec, columns=None):
@@ -168,7 +177,8 @@ def check_messages(
     return messages
 
 # %% ../nbs/04b_conversations.ipynb #12e98b7f
-UNREAD = ("tools", "functions", "images", "videos", "audios")   # would change what is said
+UNREAD = ("tools", "functions", "function_call", "image", "images", "video", "videos", "audio",
+          "audios", "context", "documents")      # would change what is said, or what is asked
 
 def to_conversation(
     record:dict, # of any make in `RECORDS`
@@ -178,7 +188,7 @@ def to_conversation(
     "One record as messages; raises `ValueError` that says what is wrong with it"
     make = sniff(record)
     if columns and make != "Label Studio": make = "columns"
-    more = next((k for k in UNREAD if record.get(k)), None)
+    more = next((k for k in UNREAD if record.get(k) and (make, k) != ("columns", "context")), None)
     if more: raise ValueError(f"the record has {more}, which would be lost: only text is read")
     try: messages = RECORDS[make][1](record, columns)
     except (AttributeError, KeyError, TypeError) as e:
@@ -781,8 +791,10 @@ def _fault(ids, labels, special, bos):
         return "a label is not the token in its place: the model shifts labels, you needn't"
     if bos is not None and ids[:2] == [bos, bos]:
         return "it begins twice. Tokenise rendered text with add_special_tokens=False"
-    if ids[asked[-1]] not in special:
-        return ("the end of the answer is not asked for, so the model won't learn to stop. Is the "
+    runs = [{ids[k] for k, _ in g} for yes, g in itertools.groupby(
+        enumerate(labels), lambda x: x[1] != -100) if yes]
+    if not all(special & r for r in runs):
+        return ("the end of an answer is not asked for, so the model won't learn to stop. Is the "
                 "pad token masked by its number, or the row cut?")
 
 # %% ../nbs/04b_conversations.ipynb #c0405c6b

@@ -46,8 +46,12 @@ def find_columns(
             raise ValueError(f"{path} has no column {theirs!r}; there are: {', '.join(have)}")
     low = {h.strip().lower(): h for h in have}
     for ours, names in COLUMNS.items():
-        hit = next((low[n] for n in names if n in low and low[n] not in found.values()), None)
-        if ours not in found and hit: found[ours] = hit
+        hits = [low[n] for n in names if n in low and low[n] not in found.values()]
+        if ours in found or not hits: continue
+        if len(hits) > 1 and hits[0] != low.get(ours):
+            raise ValueError(f"{path}: each of {', '.join(map(repr, hits))} could be the {ours}. "
+                             f"Say which with columns={{{ours!r}: {hits[0]!r}}}")
+        found[ours] = hits[0]
     if "output" not in found or not {"instruction", "input"} & set(found):
         raise ValueError(f"{path} has the columns {', '.join(have)}: "
                          "which is the question and which the answer? "
@@ -60,6 +64,8 @@ def _text(path):
     "The file's text, which must be UTF-8 (with or without a byte-order mark)"
     raw = Path(path).read_bytes()
     if not raw.strip(): raise ValueError(f"{path} is empty: it needs a header and at least one row")
+    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"): raise ValueError(f"{path} is UTF-16, not UTF-8. "
+        f"Convert it: iconv -f UTF-16 -t UTF-8 '{path}' > new{Path(path).suffix}")
     try: return raw.decode("utf-8-sig")
     except UnicodeDecodeError as e:
         line = raw[:e.start].count(b"\n") + 1
@@ -77,10 +83,10 @@ def _csv(path, text):
     tab = Path(path).suffix.lower() == ".tsv" or "\t" in head
     reader = csv.DictReader(io.StringIO(body, newline=""), strict=True,
                             delimiter="\t" if tab else max(",;", key=head.count))
-    names = reader.fieldnames or []
-    twice = next((n for n in names if names.count(n) > 1), None)
-    if twice: raise ValueError(f"{path}: two columns are called {twice!r}. Rename one of them")
     try:
+        names = reader.fieldnames or []
+        twice = next((n for n in names if names.count(n) > 1), None)
+        if twice: raise ValueError(f"{path}: two columns are called {twice!r}. Rename one of them")
         for r in reader:
             line = blank + reader.line_num
             if None in r or None in r.values():
@@ -95,12 +101,15 @@ def _json(path, text):
     "Records of a JSON array or of JSON lines, each with its number"
     lines = Path(path).suffix.lower() == ".jsonl" or not text.lstrip().startswith("[")
     numbered = [(i, l) for i, l in enumerate(text.split("\n"), 1) if l.strip()]
-    try: recs = ([(i, json.loads(l)) for i, l in numbered] if lines
-                 else list(enumerate(json.loads(text), 1)))
+    try: recs = ([(i, _loads(l)) for i, l in numbered] if lines
+                 else list(enumerate(_loads(text), 1)))
     except json.JSONDecodeError as e:
         near = next(i for i, l in numbered if not _parses(l)) if lines else e.lineno
         raise ValueError(f"{path}, line {near}: not JSON ({e.msg}). "
                          "Write one object a line, or one array") from None
+    except ValueError as e:
+        near = next((f", line {i}" for i, l in numbered if not _parses(l)), "")
+        raise ValueError(f"{path}{near}: {e}") from None
     except RecursionError: raise ValueError(f"{path}: not JSON that can be read: nested too deep") from None
     for i, r in recs:
         if not isinstance(r, dict):
@@ -111,10 +120,20 @@ def _json(path, text):
     return recs
 
 # %% ../nbs/04_formats.ipynb #bdc39418
+def _once(pairs):
+    "An object whose names are all different"
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        twice = next(k for i, (k, _) in enumerate(pairs) if k in dict(pairs[:i]))
+        raise ValueError(f"{twice!r} stands twice in one object. Take the wrong one out")
+    return out
+
+def _loads(text): return json.loads(text, object_pairs_hook=_once)
+
 def _parses(line):
     "Is this line JSON?"
-    try: json.loads(line)
-    except json.JSONDecodeError: return False
+    try: _loads(line)
+    except ValueError: return False
     return True
 
 # %% ../nbs/04_formats.ipynb #8f7f33c2
@@ -162,6 +181,9 @@ def read(
     "Your own file as rows; raises `FileNotFoundError`, or `ValueError` with line and remedy"
     path = Path(path).expanduser()
     recs = _records(path)
+    past = next((i for i, r in recs if r.get("history")), None)
+    if past: raise ValueError(f"{path}, row {past}: 'history' holds earlier turns, which would be "
+        "lost here. Read the file with conversations.read (lesson 04b)")
     names = find_columns(list(recs[0][1]), columns, path)
     rows = [{o: _cell(path, i, r, t) for o, t in names.items()} for i, r in recs]
     for (i, _), r in zip(recs, rows):
@@ -180,7 +202,8 @@ def _cell(path, i, rec, col):
     v = rec[col]
     if isinstance(v, (list, dict)):
         raise ValueError(f"{path}, row {i}: {col!r} holds a {type(v).__name__}, not text")
-    v = "" if v is None else str(v).strip()
+    v = "" if v is None or v != v else str(v).strip()      # JSON's NaN, what pandas makes of a gap
+    if "\0" in v: raise ValueError(f"{path}, row {i}: {col!r} holds a NUL byte. Take it out")
     try: v.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{path}, row {i}: {col!r} holds half a character ({v[:20]!a})") from None

@@ -370,7 +370,7 @@ def merge(
     if tie not in TIES: raise ValueError(f"tie={tie!r}: choose one of {', '.join(TIES)}")
     log = [e for v in majority(annotations, least) if (e := self._entry(v, tie))]
     after = {e["row"]: e["after"] for e in log}
-    fields = [f for f in ("instruction", "input", "output", "task")
+    fields = [f for f in ("instruction", "input", "output", "task", "split")
               if all(f in r for r in self.rows)]
     rows = [{**{f: r[f] for f in fields}, "output": after.get(i, r["output"])}
             for i, r in enumerate(self.rows) if after.get(i, "") is not None]

@@ -161,7 +161,11 @@ def add_lora(model:nn.Module, # changed in place
     names = find_targets(model, target)
     config = LoRAConfig(r, alpha, dropout, _endings(names, model),
                         getattr(model, "name_or_path", ""))
-    adapted = {n: LoRALinear(model.get_submodule(n), r, alpha, dropout) for n in names}
+    was = [(p, p.requires_grad) for p in model.parameters()]
+    try: adapted = {n: LoRALinear(model.get_submodule(n), r, alpha, dropout) for n in names}
+    except Exception:                      # a layer too narrow for r, say: leave all as it was
+        for p, grad in was: p.requires_grad_(grad)
+        raise
     model.requires_grad_(False)
     for name, layer in adapted.items():
         layer.train(layer.base.training)
@@ -201,16 +205,21 @@ def count(model:nn.Module)->Count:
     return Count(sum(n for n, train in sizes if train), sum(n for n, _ in sizes))
 
 # %% ../nbs/09_lora.ipynb #4eb0d37c
+@patch
+def untouched(self:LoRALinear)->bool:
+    "Is it as it began? A variant may begin elsewhere than with B = 0"
+    return not getattr(self, getattr(self, "starts_at_zero", "lora_B")).any()
+
 def check_trained(model:nn.Module):
-    "Raise ValueError if the adapters do nothing (every B is zero) or hold a nan or an infinity"
+    "Raise ValueError if the adapters are as they began, or hold a nan or an infinity"
     layers = lora_layers(model)
     broken = [n for n, m in layers.items()
               if not (m.lora_A.isfinite().all() and m.lora_B.isfinite().all())]
     if broken: raise ValueError(
         f"nan or infinity in {len(broken)} adapters, first {broken[0]}: lower the learning rate, "
         "and keep LoRA weights in float32")
-    if not any(m.lora_B.any() for m in layers.values()): raise ValueError(
-        "every lora_B is still zero: training changed nothing. Check that labels are not all -100, "
+    if all(m.untouched() for m in layers.values()): raise ValueError(
+        "every lora_B is still zero, or where it began: training changed nothing. Check that labels are not all -100, "
         "that the optimizer got lora_parameters(model), and that the loss reaches them")
 
 # %% ../nbs/09_lora.ipynb #03bb1cf4
@@ -343,8 +352,10 @@ def read_adapter(folder)->tuple:  # (configuration, {peft's key: tensor})
             f"{f}: no such file. An adapter folder holds {WEIGHTS} and {CONFIG}")
     try:
         cfg, tensors = json.loads((folder/CONFIG).read_text("utf-8")), load_file(folder/WEIGHTS)
-        if not {"r", "lora_alpha"} <= set(cfg): raise ValueError(f"no r or lora_alpha in {CONFIG}")
-    except (SafetensorError, TypeError, ValueError) as e: raise ValueError(
+        r, alpha = cfg.get("r"), cfg.get("lora_alpha")
+        if type(r) is not int or type(alpha) not in (int, float) or not math.isfinite(alpha):
+            raise ValueError(f"r = {r!r} and lora_alpha = {alpha!r} in {CONFIG}")
+    except (AttributeError, SafetensorError, TypeError, ValueError) as e: raise ValueError(
         f"{folder}: a damaged or half-written adapter ({e}). Save or copy it again") from e
     check_options(cfg)
     return cfg, tensors
@@ -359,6 +370,7 @@ def match_adapter(model, cfg, tensors)->dict:  # layer name -> {"lora_A": tensor
     for key, t in tensors.items():
         name, part = m.groups() if (m := KEY.fullmatch(key)) else (None, None)
         if name not in layers: odd.append(key); continue
+        if not torch.isfinite(t).all(): odd.append(f"{key} with a nan or an infinity")
         side = {"lora_A": (cfg["r"], layers[name].in_features),
                 "lora_B": (layers[name].out_features, cfg["r"])}[part]
         if tuple(t.shape) == side: pairs.setdefault(name, {})[part] = t
@@ -376,6 +388,10 @@ def _misfit(odd, n, cfg, model):
 def _check_same(model, cfg, pairs):
     "The model already carries LoRA: is it the one in the file?"
     layers, c = lora_layers(model), model.lora_config
+    kinds = {type(m).__name__ for m in layers.values()} - {"LoRALinear"}
+    if kinds or getattr(c, "kind", "lora") != "lora": raise ValueError(
+        f"the model carries {min(kinds, default=None) or c.kind}, and the file is plain LoRA. Call "
+        "unload(model) first")
     if any(m.merged for m in layers.values()): raise ValueError(
         "this model is merged: call unmerge(model) before loading other weights")
     if (c.r, c.alpha) != (cfg["r"], cfg["lora_alpha"]): raise ValueError(

@@ -656,8 +656,8 @@ def bar_html(p:Plan, gpu:GPU) -> str: # HTML
     boxes = "".join(f"<div title='{k}: {size(v)}' style='height:22px;width:{100*v/wide:.2f}%;"
                     f"background:{COLOURS.get(k, '#999999')}'></div>" for k, v in parts.items())
     return (f"<div style='width:420px'><div style='display:flex'>{boxes}</div>"
-            f"<div style='width:{100*room/wide:.1f}%;border-top:3px solid #444;font-size:80%'>"
-            f"{gpu.name}, {gpu.gib:.0f} GiB</div></div>")
+            f"<div style='width:{100*room/wide:.1f}%;border-top:3px solid #444;font-size:80%;"
+            f"white-space:nowrap'>{html.escape(gpu.name)}, {gpu.gib:.0f} GiB</div></div>")
 
 # %% ../nbs/13_memory.ipynb #b7b76fd6
 def planner_html(model, method, r, batch, length, checkpointing, loss, optimizer, gpu) -> str:

@@ -97,6 +97,9 @@ class PiSSALinear(LoRALinear):
 
     def restore(self): self.base.weight = nn.Parameter(self.was[0].to(self.base.weight), False)
 
+    def untouched(self):
+        return all(torch.equal(p, t.to(p)) for p, t in zip((self.lora_A, self.lora_B), self.start))
+
 # %% ../nbs/09c_variants.ipynb #aec8c07e
 @patch
 def since_start(self:PiSSALinear) -> tuple: # (A, B): (2r, in), (out, 2r)
@@ -403,8 +406,9 @@ def _read(folder):
     try:
         cfg, tensors = json.loads((folder/CONFIG).read_text("utf-8")), load_file(folder/WEIGHTS)
         for k in ("r", "lora_alpha")[:1 if cfg.get("peft_type") == "VERA" else 2]:
-            if type(cfg.get(k)) not in (int, float): raise ValueError(f"{k} = {cfg.get(k)!r} in {CONFIG}")
-    except (SafetensorError, TypeError, ValueError) as e: raise ValueError(
+            if type(cfg.get(k)) not in ((int,) if k == "r" else (int, float)) or not math.isfinite(cfg[k]):
+                raise ValueError(f"{k} = {cfg.get(k)!r} in {CONFIG}")
+    except (AttributeError, SafetensorError, TypeError, ValueError) as e: raise ValueError(
         f"{folder}: a damaged or half-written adapter ({e}). Save or copy it again") from e
     return cfg, tensors
 
@@ -422,6 +426,7 @@ def _fill(model, tensors):
     odd += [f"{k} has no place" for k in given.keys() - places.keys()]
     odd += [f"{k} has shape {tuple(t.shape)} where {tuple(places[k].shape)} fits"
             for k, t in given.items() if k in places and t.shape != places[k].shape]
+    odd += [f"{k} holds a nan or an infinity" for k, t in given.items() if not t.isfinite().all()]
     if odd: raise ValueError(f"the adapter doesn't fit this model: {len(odd)} misfits, first: {min(odd)}. "
                              f"It was made for {c.base!r}")
     with torch.no_grad():
@@ -468,6 +473,11 @@ class Adapter:
     "A plain LoRA off the model: layer -> (A, B, scaling)"
     parts:dict
 
+def _no_head(model):
+    if also := getattr(model.lora_config, "also", None): raise ValueError(
+        f"{also[0]} trains whole and belongs to its adapter: only plain LoRA can be switched and "
+        "mixed; save this one and load it on a bare model")
+
 def taken(model) -> Adapter:
     "A copy of what `model` wears. Raises ValueError for another kind than plain or rank-stabilised"
     layers = lora_layers(model)
@@ -475,6 +485,7 @@ def taken(model) -> Adapter:
     odd = [n for n, m in layers.items() if type(m) not in plain]
     if odd: raise ValueError(f"{odd[0]} is a {type(layers[odd[0]]).__name__}: only plain LoRA can be "
                              "switched and mixed; save this one and load it on a bare model")
+    _no_head(model)
     return Adapter({n: (m.lora_A.detach().clone(), m.lora_B.detach().clone(), m.scaling)
                     for n, m in layers.items()})
 
@@ -482,6 +493,7 @@ def taken(model) -> Adapter:
 def wear(model, adapter:Adapter):
     "Put `adapter` on in place of what `model` wears. Raises ValueError if it is for other layers"
     layers = lora_layers(model)
+    _no_head(model)
     if layers.keys() != adapter.parts.keys(): raise ValueError(
         f"this adapter is for {len(adapter.parts)} layers and the model's is on {len(layers)}: "
         f"{min(layers.keys() ^ adapter.parts.keys())} is in one of them only")

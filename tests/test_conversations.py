@@ -56,6 +56,7 @@ MAKES = [
     ("ShareGPT", {**gpt(("human", "Q"), ("gpt", "A")), "system": "S"}, talk("Q", "A", system="S")),
     ("ShareGPT", {"conversations": oai(("user", "Q"), ("assistant", "A"))["messages"]}, talk("Q", "A")),
     ("prompt–completion", {"prompt": " Q\n", "completion": " A"}, talk("Q", "A")),
+    ("prompt–completion", {"system": "S", "prompt": "Q", "completion": "A"}, talk("Q", "A", system="S")),
     ("prompt–completion", {"prompt": talk("Q", system="S"), "completion": talk("x", "A")[1:]}, talk("Q", "A", system="S")),
     ("Alpaca", {"instruction": "I", "input": "Q", "output": "A"}, talk("Q", "A", system="I")),
     ("Alpaca", {"instruction": "I", "output": "A"}, talk("I", "A")),
@@ -64,7 +65,10 @@ MAKES = [
     ("Label Studio", task("A", None, "A"), talk("Q", "A")),
     ("Label Studio", task(["one\ntwo"], kind="textarea"), talk("Q", "one\ntwo")),
     ("Label Studio", {**task("A", ground_truth=True), "annotations": task("A", ground_truth=True)["annotations"] + task("B")["annotations"]}, talk("Q", "A")),
+    ("Label Studio", task("one", kind="textarea"), talk("Q", "one")),
     ("columns", {"Question": "Q", "Reply": 3}, talk("Q", "3")),
+    ("columns", {"context": "Q", "answer": "A"}, talk("Q", "A")),
+    ("columns", {"text": "x", "input": "Q", "output": "A"}, talk("Q", "A")),
     ("columns", {"system": "S", "question": "Q", "answer": "A"}, talk("Q", "A", system="S")),
 ]
 
@@ -92,6 +96,13 @@ REFUSED = [
     ({**oai(("user", "Q"), ("assistant", "A")), "tools": [{}]}, "the record has tools"),
     ({"messages": [dict(role="user", content="Q"), dict(role="assistant", content="", tool_calls=[1])]}, "calls a tool"),
     ({"messages": [dict(role="user", content="Q"), dict(role="assistant", content="A", weight=0)]}, "weight 0"),
+    ({"messages": [dict(role="user", content="Q"), dict(role="assistant", content="A", weight="0")]}, "turn 2 has the weight '0'"),
+    ({"messages": [dict(role="user", content="Q"), dict(role="assistant", content="A", function_call={"name": "f"})]}, "turn 2 has function_call"),
+    ({"messages": [dict(role="user", content="Q"), dict(role="assistant", content="A", reasoning_content="hm")]}, "turn 2 has reasoning_content"),
+    ({"image": "a.jpg", **gpt(("human", "Q"), ("gpt", "A"))}, "the record has image"),
+    ({"instruction": "I", "context": "C", "output": "A"}, "the record has context"),
+    ({"context": "C", "question": "Q", "answer": "A"}, "'question', 'context' could be the input"),
+    ({"question": "Q", "answer": float("nan")}, "turn 2 .assistant. is empty"),
     ({"prompt": "Q", "completion": ["A"]}, "turn 2 .assistant. is a list"),
     ({"instruction": "I", "input": "", "output": None}, "turn 2 .assistant. is a NoneType"),
     ({"instruction": "I", "output": "A", "history": [["q"]]}, "shorter"),
@@ -547,13 +558,23 @@ def test_a_template_without_an_end_gets_one(tok):
 
 @pytest.mark.parametrize("change,why", [
     (lambda r: {**r, "labels": [-100]*len(r["labels"])}, "no token is asked for"), (lambda r: {**r, "labels": r["labels"][:-1]}, "labels"),
-    (lambda r: {k: v[:-1] for k, v in r.items()}, "end of the answer is not asked for"), (lambda r: {**r, "labels": r["labels"][1:] + [-100]}, "not the token in its place"),
+    (lambda r: {k: v[:-1] for k, v in r.items()}, "end of an answer is not asked for"), (lambda r: {**r, "labels": r["labels"][1:] + [-100]}, "not the token in its place"),
     (lambda r: {"input_ids": r["input_ids"][:1] + r["input_ids"], "labels": [-100] + r["labels"]}, "begins twice"),
 ])
 def test_guard(tok, change, why):
     good = ChatEncoder(tok)(talk("Q", "A"))
     assert check_rows(good*2, tok) == good*2
     with pytest.raises(ValueError, match=f"Row 2: .*{why}"): check_rows([*good, change(good[0])], tok)
+
+
+def test_guard_takes_other_tools_rows_and_looks_at_every_answer(tok):
+    row, = ChatEncoder(tok)(talk("Q", "A", "Q", "A"))
+    ids, labels, end = row["input_ids"], row["labels"], tok.eos_token_id
+    line = tok("\n", add_special_tokens=False).input_ids             # as a collator that asks for all after the marker makes it
+    check_rows([{"input_ids": ids + line, "labels": labels + line}], tok)
+    first = labels.index(end)
+    with pytest.raises(ValueError, match="end of an answer is not asked for"):
+        check_rows([{"input_ids": ids, "labels": [-100 if k == first else l for k, l in enumerate(labels)]}], tok)
 
 
 # ---------- length

@@ -58,6 +58,27 @@ def test_only_line_ends_end_a_line(put, char):
     assert pairs(read(put("a.csv", f"question,answer\none{char}two,b\nc,d\n"))) == [(f"one{char}two", "b"), ("c", "d")]
 
 
+@pytest.mark.parametrize("have,why", [(["text", "answer", "label"], "'answer', 'label' could be the output"),
+                                      (["question", "context", "answer"], "'question', 'context' could be the input")])
+def test_two_candidates_are_a_question_for_the_reader(have, why):
+    with pytest.raises(ValueError, match=why): find_columns(have)
+    assert find_columns([*have, "input", "output"]) == {"input": "input", "output": "output"}
+    assert find_columns(have, {"input": have[0], "output": have[-1]}) == {"input": have[0], "output": have[-1]}
+
+
+@pytest.mark.parametrize("name,data,why", [
+    ("a.jsonl", '{"input": "Q", "output": "A"}\n{"input": "Q", "output": "Right.", "output": "Wrong."}\n', "line 2: 'output' stands twice"),
+    ("a.json", '[{"input": "Q", "output": "A", "input": "R"}]', "'input' stands twice"),
+    ("a.json", '[{"input": "Q?", "output": NaN}]', "row 1: 'output' is empty"),
+    ("a.json", '[{"input": "Q\\u0000", "output": "A"}]', "row 1: 'input' holds a NUL byte"),
+    ("a.json", '[{"instruction": "I", "output": "A", "history": [["q", "a"]]}]', "row 1: 'history' holds earlier turns"),
+    ("a.csv", "question,answer\na,b\n".encode("utf-16"), "is UTF-16.*iconv -f UTF-16"),
+    ("a.csv", '"Question, long"x;Answer\na;b\n', "after line 0.*quote"),
+])
+def test_what_would_be_lost_in_silence(put, name, data, why):
+    with pytest.raises(ValueError, match=why): read(put(name, data))
+
+
 def test_columns_are_found_whatever_their_case(put):
     r = read(put("a.csv", "id, Question ,REPLY\n1,a,b\n"))
     assert r[0] == {"instruction": "Reply to the message.", "input": "a", "task": "a", "output": "b"}
@@ -126,7 +147,7 @@ BAD = {
     "one field fewer": ("a.csv", "question,answer\na\n", ["line 2", "fewer fields"]),
     "mixed columns": ("a.jsonl", '{"input":"a","output":"b"}\n{"q":"a","output":"b"}', ["row 2", "mixed columns", "'q'"]),
     "not utf-8": ("a.csv", "question,answer\na,b\nGröße,1\n".encode("latin-1"), ["line 3", "not UTF-8", "iconv"]),
-    "utf-16": ("a.csv", "question,answer\na,b\n".encode("utf-16"), ["line 1", "not UTF-8"]),
+    "utf-16": ("a.csv", "question,answer\na,b\n".encode("utf-16"), ["is UTF-16", "iconv -f UTF-16"]),
     "broken line": ("a.jsonl", '{"input":"a","output":"b"}\n{"input":\n', ["line 2", "not JSON", "one object a line"]),
     "broken array": ("a.json", '[{"input":"a","output":"b"},\n{"input":"a" "output":"b"}]', ["line 2", "not JSON"]),
     "numbers": ("a.json", "[1, 2]", ["row 1", "int"]),

@@ -371,6 +371,14 @@ def test_impossible_ranks(r):
     assert all(p.requires_grad for p in model.parameters())       # untouched
 
 
+@pytest.mark.parametrize("wrong", [dict(r=24), dict(r=4, dropout=1.5)])
+def test_a_layer_that_fails_leaves_the_others_as_they_were(wrong):
+    model = nn.Sequential(nn.Linear(32, 32), nn.Linear(32, 4))    # the first takes r = 24, the second doesn't
+    with pytest.raises(ValueError): add_lora(model, target=["0", "1"], **wrong)
+    assert all(p.requires_grad for p in model.parameters()) and not hasattr(model, "lora_config")
+    assert [type(m) for m in model] == [nn.Linear]*2
+
+
 def test_adding_twice_is_refused():
     model = add_lora(tiny())
     with pytest.raises(ValueError, match="already carries LoRA"): add_lora(model)
@@ -545,7 +553,8 @@ def test_damaged_files(saved, damage):
     refused(saved, "damaged or half-written")
 
 
-@pytest.mark.parametrize("text", ["{", "", "[]", "null", "{}"])
+@pytest.mark.parametrize("text", ["{", "", "[]", "null", "{}", '{"r": 4, "lora_alpha": null}', '{"r": 4, "lora_alpha": "8"}',
+                                  '{"r": 4.0, "lora_alpha": 8}', '{"r": true, "lora_alpha": 8}', '{"r": 4, "lora_alpha": NaN}'])
 def test_damaged_configurations(saved, text):
     (saved/CONFIG).write_text(text)
     refused(saved, "damaged or half-written")
@@ -567,6 +576,14 @@ def test_one_wrong_key_one_missing_half_and_extra_tensors(saved):
     refused(saved, "1 of 29 tensors, first base_model.model.lm_head.weight")
     save_file({}, saved/WEIGHTS)
     refused(saved, "0 of 0 tensors")
+
+
+def test_a_nan_in_the_file(saved):
+    tensors, bare = load_file(saved/WEIGHTS), tiny()
+    first = next(iter(tensors))
+    save_file({**tensors, first: tensors[first].clone().fill_(float("nan"))}, saved/WEIGHTS)
+    refused(saved, "1 of 28 tensors, first .* with a nan", bare)
+    assert not hasattr(bare, "lora_config")
 
 
 def test_the_adapter_of_another_base(saved):

@@ -236,9 +236,55 @@ def test_one_of_a_chain_of_copies_is_always_kept():
 
 def test_conflicts_by_majority_and_by_hand():
     rows = [row("Open?", "Yes, until 6."), row("open? ", "Until 6, yes: from 9."), row("Open?", "Yes, until 6!"), row("Open?", "No.")]
-    assert {(f.row, f.action) for f in q.conflicts(rows)} == {(1, "drop"), (3, "drop")}
+    assert {(f.row, f.action) for f in q.conflicts(rows)} == {(1, "look"), (3, "look")}     # two wordings of a text may both be right
     assert {f.action for f in q.conflicts(rows[2:])} == {"look"}
+    labels = [row(f"mail {i//4}", "Till") for i in range(40)] + [row("mail 0", "Boomerang"), row("mail 1", "Boomerang")]
+    assert {(f.row, f.action) for f in q.conflicts(labels)} == {(40, "drop"), (41, "drop")}
     assert q.conflicts([row("Open?", "Yes, until 6."), row("Open?", "Yes! We are here until 6.")]) == []
+
+
+def test_texts_that_say_other_numbers_are_no_copies():
+    asks = [f"My order came to £{n}, what do I pay to have it brought to the house?" for n in (88, 74)]
+    says = [f"Delivery costs £{n} for an order of that size, and the courier rings before." for n in ("0", "3.50")]
+    assert q.near_duplicates([row(*x) for x in zip(asks, says)]) == []
+    assert [f.row for f in q.near_duplicates([row(asks[0], says[0]), row(asks[1], says[0])])] == [1]
+
+
+def test_two_instructions_over_the_same_messages_are_two_questions():
+    asks = ["Is the writer angry? yes or no", "Does the writer ask for money? yes or no"]
+    rows = [dict(instruction=a, input=f"message number {i} about a tent", output="yes" if (i + j) % 2 else "no", task="t")
+            for i in range(20) for j, a in enumerate(asks)]
+    assert q.duplicates(rows) == q.conflicts(rows) == q.near_duplicates(rows[:2]) == []
+    assert len(q.duplicates(rows + rows[:3])) == 3
+
+
+@pytest.mark.parametrize("usual,rare", [("spam", "not spam"), ("1", "-1"), ("C", "C++"), ("<=50K", ">50K"), ("👍", "👎"), ("A", "A-"),
+                                        ("billing", "billing dispute"), ("12", "1 2"), ("true", "untrue")])
+def test_labels_that_resemble_each_other_stay_apart(usual, rare):
+    rows = [row(f"question {i}", usual) for i in range(200)] + [row(f"other {i}", rare) for i in range(15)]
+    assert q.inconsistent(rows) == []
+
+
+@pytest.mark.parametrize("odd", ["spam", "Spam.", '"Spam"', "Label: Spam", '{"label": "Spam"}', "**Spam**", " Spam "])
+def test_labels_in_another_dress_are_mended(odd):
+    rows = [row(f"question {i}", "Spam") for i in range(200)] + [row(f"other {i}", odd) for i in range(2)]
+    assert {f.value for f in q.inconsistent(rows)} == {"Spam"}
+
+
+@pytest.mark.parametrize("answer", ['"Kipper" or "Drover"', "**Kipper** and **Drover**", "'Tis true, and 'twas"])
+def test_quotes_inside_an_answer_are_no_wrapping(answer):
+    assert q.unwrap(answer) == answer and q.style(answer)["wrapping"] == "nothing"
+
+
+@pytest.mark.parametrize("answer", ["See https://larkmoor.example/returns", "Write to desk@larkmoor.example", "Gladly 🙂"])
+def test_no_stop_is_put_behind_an_address_or_a_face(answer):
+    rows = [row(f"question {i}", f"Yes, number {i} is on its way.") for i in range(40)] + [row("other", answer)]
+    found = [f for f in q.inconsistent(rows) if f.row == 40]
+    assert [(f.action, f.value) for f in found] == [("look", None)]
+
+
+@pytest.mark.parametrize("text", ["Log: 2024-05-31 12:30", "since 2026-03-04 09:15", "am 31.05.2024 12:30 Uhr", "on 31/05/2024 1230"])
+def test_a_date_with_its_time_is_no_phone(text): assert q.spans(text) == [] and q.mask(text) == text
 
 
 def test_unwrap():

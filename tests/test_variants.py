@@ -323,9 +323,39 @@ def test_loraplus_keeps_its_ratio_through_a_run_of_fit(smol):
 @pytest.mark.parametrize("kind", KINDS)
 def test_check_trained_knows_every_kind(kind):
     model = adapt(tiny(), kind, 4)
-    if kind != "pissa":
-        with pytest.raises(ValueError, match="still zero"): check_trained(model)
+    with pytest.raises(ValueError, match="still zero, or where it began"): check_trained(model)
     check_trained(stir(model))
+
+
+def test_check_trained_knows_an_embedding():
+    model = adapt(tiny(), target=["embed_tokens"])
+    with pytest.raises(ValueError, match="still zero"): check_trained(model)
+    check_trained(stir(model))
+
+
+@pytest.mark.parametrize("kind", [k for k in KINDS if k != "lora"])
+def test_a_plain_file_on_another_kind_is_refused(kind, tmp_path):
+    lora.save_adapter(stir(lora.add_lora(tiny(), 4, 8)), tmp_path)
+    model = adapt(tiny(), kind, 4, alpha=8)
+    before = logits(model)
+    with pytest.raises(ValueError, match="and the file is plain LoRA"): lora.load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_nan_in_the_file_is_refused(kind, tmp_path):
+    save_variant(stir(adapt(tiny(), kind, 4)), tmp_path)
+    tensors = load_file(tmp_path/WEIGHTS)
+    name = next(k for k in tensors if "vera_A" not in k and "vera_B" not in k)
+    save_file({**tensors, name: torch.full_like(tensors[name], float("nan"))}, tmp_path/WEIGHTS)
+    with pytest.raises(ValueError, match="a nan or an infinity"): load_variant(tiny(), tmp_path)
+
+
+def test_an_adapter_with_a_head_of_its_own_is_not_switched():
+    model = stir(adapt(tiny(), also=["lm_head"]))
+    plain = taken(stir(adapt(tiny())))
+    for f in (taken, lambda m: wear(m, plain)):
+        with pytest.raises(ValueError, match="lm_head trains whole and belongs to its adapter"): f(model)
 
 
 # Several adapters
