@@ -23,7 +23,7 @@ from fastcore.xml import (Body, Div, H1, Head, Input, Label, Main, Meta, NotStr,
 from fastcore.xml import Html as Page
 from .evaluation import (Difference, PAGE_CSS, Versus, bootstrap, card, check_pair, draws,
     holm, normalise_label, paired, two_sided)
-from .metrics import Score, accuracy, plainly, states
+from .metrics import Score, accuracy, plainly, sign, states
 from .runtime import write_atomic
 
 # %% ../nbs/08c_analysis.ipynb #0e8f738c
@@ -48,7 +48,7 @@ def compare_all(
     trials=10_000, resamples=1000, level=.95, seed=0, # shuffles for p, resamples for intervals
 ) -> Versus: # a `Difference` for each pair, the better system first
     "Every pair of systems by `swap_p`, with Holm's correction for all of them"
-    order = sorted(scores, key=lambda s: -scores[s].value)
+    order = sorted(scores, key=lambda s: -sign(scores[s].name)*scores[s].value)
     pairs = list(combinations(order, 2))
     if not pairs: raise ValueError(f"{len(scores)} system: give two or more to compare")
     need = int(np.ceil(len(pairs)/(1 - level)))
@@ -146,12 +146,14 @@ class Slice:
     p:float|None=None      # of the difference to them
     p_holm:float|None=None # corrected over the slices
     level:float=.95
+    sign:int=1             # -1 where less is better
 
     @property
     def verdict(self):
         if self.p_holm is None: return "too few rows"
         if self.p_holm > 1 - self.level: return "no difference shown"
-        return "worse than the rest" if self.value < self.rest else "better than the rest"
+        worse = self.sign*self.value < self.sign*self.rest
+        return "worse than the rest" if worse else "better than the rest"
 
 # %% ../nbs/08c_analysis.ipynb #e29aa397
 def _apart_p(score, inside, trials, rng):
@@ -175,10 +177,11 @@ def _interval(score, resamples, level, seed):
 def _slice(score, name, inside, few, resamples, level, seed):
     part, rest = (replace(score, stats=score.stats[m]) if m.any() else None
                   for m in (inside, ~inside))
-    if not rest or min(part.n, rest.n) < few: return Slice(name, part.n, part.value, level=level)
+    kw = dict(level=level, sign=sign(score.name))
+    if not rest or min(part.n, rest.n) < few: return Slice(name, part.n, part.value, **kw)
     p = _apart_p(score, inside, resamples, np.random.default_rng(seed))
     return Slice(name, part.n, part.value, *_interval(part, resamples, level, seed), rest.value, p,
-                 level=level)
+                 **kw)
 
 # %% ../nbs/08c_analysis.ipynb #901c4d13
 class Slices(list):
@@ -212,7 +215,7 @@ def slices(
              for k in dict.fromkeys(keys)]
     tested = [s for s in found if s.p is not None]
     for s, p in zip(tested, holm([s.p for s in tested])): s.p_holm = float(p)
-    return Slices(sorted(found, key=lambda s: s.value))
+    return Slices(sorted(found, key=lambda s: s.sign*s.value))
 
 # %% ../nbs/08c_analysis.ipynb #1b00ed97
 def by_length(
@@ -240,13 +243,13 @@ def worst(
     system, metric, # such as "tuned", "answer/bleu"
     n:int=5, seed=0, # rows; which of equal ones
 ) -> list: # (row of the board, its score), worst first
-    "Rows with the lowest score, taken alone. Rows that the metric does not count are left out"
+    "Rows with the worst score, taken alone. Rows that the metric does not count are left out"
     if system not in board.scores: raise KeyError(f"no system {system!r} on this board; there "
         f"are: {', '.join(board.scores)}")
     score, at = board[system][metric], rows_of(board, metric)
     value, counts = score.rows(), score.stats.any(1)   # no facts: nothing to count
     order = np.random.default_rng(seed).permutation(score.n)
-    order = sorted((i for i in order if counts[i]), key=lambda i: value[i])[:n]
+    order = sorted((i for i in order if counts[i]), key=lambda i: sign(metric)*value[i])[:n]
     return [(at[i], float(value[i])) for i in order]
 
 # %% ../nbs/08c_analysis.ipynb #d5e52ac3

@@ -21,7 +21,7 @@ from fastcore.xml import (B, Body, Div, Figcaption, Figure, H1, H2, H3, H4, Head
     Main, Meta, NotStr, P, Section, Small, Span, Style, Table, Tbody, Td, Th, Thead, Title, Tr, Ul,
     to_xml)
 from fastcore.xml import Html as Page
-from .metrics import Score, accuracy, bleu, f1, fact_recall, rouge, states
+from .metrics import Score, accuracy, bleu, f1, fact_recall, rouge, sign, states
 from .runtime import write_atomic
 
 # %% ../nbs/08_evaluation.ipynb #441623cc
@@ -84,7 +84,8 @@ class Difference:
     @property
     def verdict(self):
         if (self.p_holm or 0) > 1 - self.level: return "no difference shown"
-        return "better" if self.low > 0 else "worse" if self.high < 0 else "no difference shown"
+        low, high = sorted((sign(self.metric)*self.low, sign(self.metric)*self.high))
+        return "better" if low > 0 else "worse" if high < 0 else "no difference shown"
     def __str__(self):
         value, low, high = map(_signed, (self.value, self.low, self.high))
         return (f"{self.metric}: {self.a} {self.a_value:.1f}, {self.b} {self.b_value:.1f}, "
@@ -285,7 +286,7 @@ def winners(self:Scoreboard) -> dict: # metric → a system, or None
     if hasattr(self, "_winners"): return self._winners
     best, p = {}, []
     for m in self.metrics:
-        top = max(self.scores, key=lambda s: self.scores[s][m].value)
+        top = max(self.scores, key=lambda s: sign(m)*self.scores[s][m].value)
         ds = [self.compare(top, s, m) for s in self.scores if s != top]
         best[m] = top if ds and all(d.verdict == "better" for d in ds) else None
         p.append(max((d.p for d in ds), default=1.))   # as sure as its least sure comparison

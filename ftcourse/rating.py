@@ -121,6 +121,12 @@ def _kappa(x, y, labels, kind):
                  partial(kappa_from, w=weights(k, kind)), f"labels:{k}|weights:{kind}")
 
 # %% ../nbs/08b_rating.ipynb #a2bf52e8
+def _in_order(found, given):
+    "Texts sort by the alphabet, which is no order of quality; two labels have only one distance"
+    if given is None and len(found) > 2 and any(isinstance(v, str) for v in found):
+        raise ValueError(f"these labels are texts, and nobody said in which order: give labels=[…], "
+                         f"worst first, of {found}")
+
 def cohen_kappa(
     a, b, # two raters' labels of the same items, in the same order
     labels=None, # in order; default: those that occur, sorted
@@ -133,6 +139,7 @@ def cohen_kappa(
     rows = [dict(rater=who, item=i, rating=v) for who, vs in enumerate((a, b))
             for i, v in enumerate(vs)]
     t = rating_table(rows, labels)
+    if kind != "none": _in_order(t.labels, labels)
     return _interval(_defined(_kappa(*t.codes, t.labels, kind), t.labels), **boot)
 
 # %% ../nbs/08b_rating.ipynb #14fd8e01
@@ -222,6 +229,7 @@ def krippendorff_alpha(
 ) -> Score: # at most 1
     "Krippendorff's alpha with a bootstrap interval over items (Krippendorff 2011)"
     t = rating_table(ratings, labels)
+    if level == "ordinal": _in_order(t.labels, labels)
     return _interval(_defined(_alpha(t, level), t.labels), **boot)
 
 # %% ../nbs/08b_rating.ipynb #9e9324c6
@@ -265,7 +273,9 @@ def agreement(
     "Every coefficient that the ratings allow, with intervals. ValueError names row and remedy"
     t, scores, left_out = rating_table(ratings, labels), {}, {}
     for name, make in _candidates(t).items():
-        try: s = _defined(make(), t.labels)
+        try:
+            if name.partition(", ")[2] in ("linear", "quadratic", "ordinal"): _in_order(t.labels, labels)
+            s = _defined(make(), t.labels)
         except ValueError as e: left_out[name] = str(e); continue
         if groups is not None:
             at = np.unique([str(groups[i]) for i in t.items], return_inverse=True)[1]
@@ -461,6 +471,8 @@ def told_apart(
         v = r["rating"]
         if v is None or v != v: raise ValueError(f"row {i}: {r['rater']!r} gave {r['thing']!r} the "
             f"rating {v}. Leave the row out: a missing rating is no rating.")
+        if isinstance(v, str): raise ValueError(f"row {i}: the rating {v!r} is text, and texts sort "
+            f"by the alphabet. Make it a number.")
         screens.setdefault((r["item"], r["rater"]), []).append((v, r["thing"]))
     return [(*((x, y) if u > v else (y, x)), *screen) for screen, rated in screens.items()
             for (u, x), (v, y) in combinations(rated, 2) if u != v]
@@ -706,11 +718,14 @@ def save(
     self._save([(rater, item, criterion, rating, self.swapped(rater, item), seconds, _now())])
 
 @patch
-def _save(self:Study, rows):
-    "All of the rows, or none"
+def _save(self:Study, rows, newer=False):
+    "All of the rows, or none; with `newer`, only where no later rating is there"
     for r in rows: self._check(*r[:4])
     with _transaction(self.path, self.wait, write=True) as db:
-        db.executemany("INSERT OR REPLACE INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?)",
+        db.executemany("INSERT INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?) "
+                       "ON CONFLICT (rater, item, criterion) DO UPDATE SET rating=excluded.rating, swapped=excluded.swapped, "
+                       "seconds=excluded.seconds, at=excluded.at"
+                       + " WHERE coalesce(julianday(excluded.at) >= julianday(ratings.at), 1)"*newer,
                        [(a, b, c, json.dumps(v), int(s), t, at) for a, b, c, v, s, t, at in rows])
 
 def _now(): return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
@@ -773,7 +788,7 @@ class Screen:
         for r in study.ratings():
             if r["rater"] == rater: self.said[r["item"], r["criterion"]] = r["rating"]
         self.at, self.note = self._open(0), ""
-        self.since = time.monotonic()
+        self.since, self.clicked = time.monotonic(), -1.
 
     def _open(self, start):
         "The first place from `start` on, then from the beginning, that is not finished"
@@ -856,7 +871,10 @@ def _draw(self:Screen):
 
 @patch
 def _clicked(self:Screen, button):
+    if time.monotonic() - self.clicked < .3:
+        self.note = "The second click of two did not count."; return self._draw()
     self.press(button.description[0])   # a button's text begins with its key
+    self.clicked = time.monotonic()
     self._draw()
     self.keys.focus()                   # or the next key would be a command to the notebook
 
@@ -1077,7 +1095,7 @@ def from_label_studio(
     self:Study,
     tasks, # what Label Studio exported as JSON: the list, or a path to the file
     raters:dict=None, # their user number or e-mail → our rater; default: the e-mail, or "user 7"
-) -> int: # ratings saved; of two by one person on one task, the later
+) -> int: # ratings read; of two by one person on one task, or one here already, the later stays
     "Read annotations into the study, all or none. ValueError names task, annotation and remedy"
     if not isinstance(tasks, list): tasks = json.loads(Path(tasks).read_text(encoding="utf-8"))
     rows = []
@@ -1086,5 +1104,5 @@ def from_label_studio(
         for a in t.get("annotations") or []:
             where = f"task {t.get('id', i)}, annotation {a.get('id')}"
             if not a.get("was_cancelled"): rows += self._annotation(a, item, raters, where)
-    self._save(sorted(rows, key=lambda r: r[-1]))
+    self._save(sorted(rows, key=lambda r: r[-1]), newer=True)
     return len({r[:3] for r in rows})

@@ -10,7 +10,7 @@ __all__ = ['STRATEGIES', 'command', 'start', 'finish', 'asked', 'share', 'micro'
            'main', 'words', 'launch', 'traffic', 'Choice', 'choose']
 
 # %% ../nbs/16_scaling.ipynb #c5a22ba4
-import argparse, contextlib, json, math, os, shutil, subprocess, sys, warnings
+import argparse, contextlib, hashlib, json, math, os, shutil, subprocess, sys, warnings
 from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
@@ -260,6 +260,7 @@ class Options(NamedTuple):
 
 def _check(encoded, work, o, processes):
     "Refuse what can't be shared out"
+    if o.clip <= 0: raise ValueError(f"clip={o.clip}: it must be above 0; inf leaves gradients alone")
     if processes > len(encoded): raise ValueError(
         f"{processes} processes and {len(encoded)} rows: give at least one row to each, "
         "or start fewer processes")
@@ -314,12 +315,15 @@ def train(
     work = windows(encoded, o.epochs, o.max_tokens, o.accumulate, o.seed)
     acc = engine(strategy, getattr(model, "_no_split_modules", None) or (), cpu, timeout)
     _check(encoded, work, o, acc.num_processes)
+    rows = json.dumps([[e["input_ids"], e["labels"]] for e in encoded]).encode()
+    made = dict(o._asdict(), rows=len(encoded), content=hashlib.sha256(rows).hexdigest()[:16],
+                scaling=sorted({m.scaling for m in model.modules() if hasattr(m, "lora_A")}))
     params = [p for p in model.train().parameters() if p.requires_grad]
     count, dev = sum(p.numel() for p in params), params[0].device
     loss_fn = pick_loss(model, micro(encoded, [0], o.pad_id, dev))
     wrapped, opt = acc.prepare(LossOf(model, loss_fn), torch.optim.AdamW(
         params, lr=o.lr, weight_decay=o.weight_decay))
-    history = _begin(acc, wrapped, opt, folder, resume, dict(o._asdict(), rows=len(encoded)))
+    history = _begin(acc, wrapped, opt, folder, resume, made)
     after = _saver(acc, wrapped, opt, folder, save_every, len(work), history)
     with Meter() as m: _steps(acc, wrapped, opt, encoded, work, history, o, after)
     history.seconds, history.peak_bytes, history.trainable = m.seconds, m.peak_bytes, count

@@ -160,7 +160,7 @@ class Recorder(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kw):
         if "loss" not in logs: return
         step, loss, norm = state.global_step, logs["loss"], float(logs["grad_norm"])
-        for name, x in (("loss", loss), ("gradient's length", norm)):
+        for name, x in (("loss", loss), *[("gradient's length", norm)][args.fp16:]):   # fp16 skips
             if not math.isfinite(x): raise FloatingPointError(
                 f"The {name} is {x} at step {step}: halve the learning rate, look at the batch")
         self.history.steps.append(dict(step=step, loss=loss, lr=logs["learning_rate"], norm=norm,

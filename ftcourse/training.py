@@ -344,9 +344,9 @@ def validate(
     "Mean loss over held-out rows, every supervised token counting the same"
     dev, was = next(model.parameters()).device, model.training
     model.eval()
-    sums = [loss_fn(model, to_device(collate([encoded[i] for i in b], pad_id), dev))
-            for b in batches(encoded, max_tokens)]
-    model.train(was)
+    try: sums = [loss_fn(model, to_device(collate([encoded[i] for i in b], pad_id), dev))
+                 for b in batches(encoded, max_tokens)]
+    finally: model.train(was)              # whatever happens: training goes on with its dropout
     return sum(float(s) for s, _ in sums) / sum(int(n) for _, n in sums)
 
 # %% ../nbs/10_training.ipynb #7cf928d2
@@ -385,7 +385,7 @@ def _options(given, watched):
     _positive(patience=o.patience, save_every=o.save_every)
     if isinstance(o.logs, str) or callable(o.logs): o.logs = (o.logs,)
     if o.best is None: o.best = bool(o.metric or o.patience)
-    if o.best and not (watched or o.metric): raise ValueError(
+    if o.best and not watched: raise ValueError(
         "patience and best need something to go by: give valid= or metric=, and looks above 1")
     if o.folder is None and (o.resume or "tensorboard" in o.logs): raise ValueError(
         "resume=True and TensorBoard need a folder: give folder='runs/my-run'")
@@ -524,6 +524,11 @@ def advance(self:Run):
     h.supervised += sum(self.asked[j] for j in rows)
     h.steps.append(dict(step=i+1, loss=loss, lr=self.rate(i), norm=norm, tokens=h.tokens))
     self.rng, self.torn = rng_state(self.dev), False
+    if math.isfinite(norm): return
+    self.note(f"Step {i+1} overflowed in float16 and was skipped")
+    if self.scaler.get_scale() < 1: raise FloatingPointError(
+        f"The gradient's length is {norm} at step {i+1}, however small the scale: look at what "
+        f"this step read{where}")
 
 # %% ../nbs/10_training.ipynb #12b35ae5
 @patch
@@ -535,6 +540,7 @@ def look(self:Run):
         self.model.eval()
         with torch.no_grad(): entry["metric"] = float(self.opts.metric(self.model))
         self.model.train()
+        set_rng(self.rng, self.dev)        # a metric may draw; what comes next must not depend on it
     value = entry.get("metric", -entry.get("loss", math.nan))
     if not math.isfinite(value): raise FloatingPointError(
         f"The look after step {self.step} gave {entry}: nothing can be judged by that")
@@ -634,7 +640,8 @@ def fingerprint(self:Run):
     rows = {k: digest(json.dumps([e["input_ids"], e["labels"]]).encode() for e in part or ())
             for k, part in (("train", self.encoded), ("valid", self.held))}
     frozen = (_sample(p) for p in self.model.parameters() if not p.requires_grad)
-    o = {k: str(getattr(self.opts, k)) for k in ("packing", "optimizer", "patience", "best")}
+    o = {k: re.sub(" at 0x[0-9a-f]+", "", str(getattr(self.opts, k)))   # a function's address
+         for k in ("packing", "optimizer", "patience", "best")}
     return dict(vars(self.conf), **rows, **o, precision=str(self.cast),
                 model=digest([str(self.model).encode(), *frozen]))
 
@@ -648,8 +655,10 @@ def state(self:Run):
     tensors |= {"rng.cpu": cpu, "rng.gpu": gpu}
     rest = {}
     for i, s in self.optimizer.state_dict()["state"].items():
-        for k, v in s.items():
-            if torch.is_tensor(v): tensors[f"optim.{i}.{k}"] = v
+        flat = {}                          # bitsandbytes has a dictionary within
+        for k, v in s.items(): flat |= v if isinstance(v, dict) else {k: v}
+        for k, v in flat.items():
+            if torch.is_tensor(v): tensors[f"optim.{i}.{k}"] = v.clone() if "qmap" in k else v
             else: rest[f"{i}.{k}"] = v
     return ({k: t.contiguous() for k, t in tensors.items()},
             dict(fingerprint=self.mark, history=asdict(self.history), optim=rest,
@@ -992,14 +1001,14 @@ def fit(
     accumulate:int=1, # micro-batches in one optimizer step
     max_length:int=512, # most tokens in a row; a longer one is an error
     looks:int=5, # validations in the run, one before and one after included
-    weight_decay:float=0., clip:float=1., # AdamW's, on matrices; longest gradient
+    weight_decay:float=0., clip:float=1., # AdamW's, on matrices; longest gradient (inf: as it is)
     seed:int=0, # order of the rows
     **options, # the fields of `Options`
 ) -> History:
     "Train on the answers of `train`; raises `ValueError` for bad rows before anything is trained"
-    conf = dict(_positive(epochs=epochs, lr=lr, max_tokens=max_tokens, accumulate=accumulate),
-                clip=clip, seed=seed, looks=looks, weight_decay=weight_decay)
-    watched = valid is not None and len(valid) and looks > 1
+    conf = dict(_positive(epochs=epochs, lr=lr, max_tokens=max_tokens, accumulate=accumulate,
+                          clip=clip), seed=seed, looks=looks, weight_decay=weight_decay)
+    watched = looks > 1 and (options.get("metric") or valid is not None and len(valid))
     opts = _options(options, watched)
     encoded = encode_all(train, tokenizer, max_length)
     held = encode_all(valid, tokenizer, max_length) if valid is not None and len(valid) else None

@@ -12,7 +12,7 @@ from ftcourse.analysis import (Slice, both_orders, browser_html, by_length, comp
     save_browser, slices, swap_p, worst)
 from ftcourse.corpora import info, load
 from ftcourse.evaluation import bootstrap, draws, holm, paired, scoreboard
-from ftcourse.metrics import Score, accuracy, bleu, fact_recall, rouge
+from ftcourse.metrics import Score, accuracy, bleu, fact_recall, rouge, ter
 from humans import needs_e2e, outputs, references, streams
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -252,6 +252,16 @@ def test_all_right_in_a_small_slice_proves_nothing():
     s = accuracy([1]*121, [1]*21 + [int(i % 10 > 0) for i in range(100)])
     found = slices(s, ["new"]*21 + ["old"]*100)
     assert all(x.verdict == "no difference shown" for x in found)
+
+
+def test_a_cost_is_sorted_and_judged_the_other_way_round():
+    refs = [f"the parcel number {i} is on its way to you" for i in range(80)]
+    half = [r if i % 2 else "no idea" for i, r in enumerate(refs)]
+    scores = {"half": ter(half, refs), "right": ter(refs, refs), "wrong": ter(["no idea"]*80, refs)}
+    table = compare_all(scores)
+    assert [(d.a, d.b, d.verdict) for d in table] == [("right", "half", "better"), ("right", "wrong", "better"), ("half", "wrong", "better")]
+    first, second = slices(scores["half"], ["odd" if i % 2 else "even" for i in range(80)])
+    assert (first.name, first.verdict, second.verdict) == ("even", "worse than the rest", "better than the rest")
 
 
 def test_small_slices_get_no_verdict():

@@ -153,6 +153,19 @@ def test_errors_of_comparison(call, says):
 
 # labels and kinds
 
+@pytest.mark.parametrize("metric", ["ter", "perplexity", "bits_per_byte"])
+def test_less_is_better_where_the_score_is_a_cost(metric):
+    from ftcourse.metrics import bits_per_byte, perplexity, ter
+    refs = [f"the parcel number {i} is on its way to you" for i in range(40)]
+    if metric == "ter": good, bad = ter(refs, refs), ter(["no idea"]*40, refs)
+    else:
+        rng = np.random.default_rng(0)
+        good, bad = ([-rng.uniform(lo, lo + .5, 9) for _ in refs] for lo in (.5, 3.))
+        good, bad = (perplexity(x) if metric == "perplexity" else bits_per_byte(x, refs) for x in (good, bad))
+    assert bad.value > good.value
+    assert paired(bad, good).verdict == "worse" and paired(good, bad).verdict == "better" and paired(good, good).verdict == "no difference shown"
+
+
 def test_normalise_label():
     for said in ("Till", " till. ", "**Till**", '"Till"\nbecause the money', "\n\nTILL!", "“Till”"):
         assert normalise_label(said) == "till", said

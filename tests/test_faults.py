@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest, torch
 from ftcourse import corpora, lora, models, training
 from ftcourse.formats import encode_all
-from ftcourse.training import History, checkpoints, find_lr, fit, read_checkpoint, write_checkpoint
+from ftcourse.training import History, checkpoints, find_lr, fit, read_checkpoint, validate, write_checkpoint
 from test_training import state, tiny, unchanged, with_lora
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +62,50 @@ def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(rows, tok, tmp_path,
     hb = fit(b, tok, rows, rows.select(range(3)), **FIT, folder=tmp_path, save_every=every, resume=True)
     assert torch.equal(weights(a), weights(b)) and told(ha) == told(hb) and ha.valid == hb.valid
     assert (ha.tokens, ha.supervised) == (hb.tokens, hb.supervised) and not hb.stopped
+
+
+def test_a_metric_that_draws_changes_nothing(rows, tok, tmp_path, monkeypatch):
+    "Resumed after a look whose metric used the generators, the run goes on as the uninterrupted one"
+    def sampled(model): return torch.rand(7)[-1].item() + random.random()
+    kw = dict(metric=sampled, best=False, looks=5)
+    a, ha = whole(rows, tok, **kw)
+    plain, _ = whole(rows, tok, looks=5)
+    with monkeypatch.context() as m:
+        stop_at(4, m)
+        with pytest.raises(Halt): whole(rows, tok, folder=tmp_path, save_every=1, **kw)
+    b = dropped(seed=99)
+    hb = fit(b, tok, rows, rows.select(range(3)), **FIT, folder=tmp_path, save_every=1, resume=True, **kw)
+    assert torch.equal(weights(a), weights(b)) and torch.equal(weights(a), weights(plain)) and told(ha) == told(hb)
+
+
+def test_an_optimizer_given_as_a_function_can_be_resumed(rows, tok, tmp_path, monkeypatch):
+    def sgd(): return lambda groups: torch.optim.SGD(groups, lr=FIT["lr"], momentum=.9)      # another address each time
+    a, _ = whole(rows, tok, optimizer=sgd())
+    with monkeypatch.context() as m:
+        stop_at(3, m)
+        with pytest.raises(Halt): whole(rows, tok, folder=tmp_path, save_every=1, optimizer=sgd())
+    b, _ = whole(rows, tok, folder=tmp_path, resume=True, optimizer=sgd())
+    assert torch.equal(weights(a), weights(b))
+
+
+class Nested(torch.optim.AdamW):
+    "Keeps part of its state one dictionary deeper, and a table that all parameters share, as bitsandbytes does"
+    table = torch.arange(4.)
+    def state_dict(self):
+        d = super().state_dict()
+        d["state"] = {i: dict(step=s["step"], quant=dict({k: v for k, v in s.items() if k != "step"}, qmap1=self.table))
+                      for i, s in d["state"].items()}
+        return d
+
+
+def test_an_optimizer_with_nested_state_can_be_resumed(rows, tok, tmp_path, monkeypatch):
+    def nested(groups): return Nested(groups, lr=FIT["lr"])
+    a, _ = whole(rows, tok, optimizer=nested)
+    with monkeypatch.context() as m:
+        stop_at(3, m)
+        with pytest.raises(Halt): whole(rows, tok, folder=tmp_path, save_every=1, optimizer=nested)
+    b, _ = whole(rows, tok, folder=tmp_path, resume=True, optimizer=nested)
+    assert torch.equal(weights(a), weights(b))
 
 
 def test_dropout_would_differ_without_the_generators_state(rows, tok, tmp_path, monkeypatch):
@@ -348,6 +392,17 @@ def test_out_of_memory_in_validation(rows, tok, monkeypatch):
     monkeypatch.setattr(training, "validate", tight)
     h = fit(with_lora(), tok, rows, rows.select(range(4)), looks=2)
     assert tried[:3] == [1024, 512, 256] and len(h.valid) == 2
+
+
+def test_out_of_memory_in_validation_leaves_the_dropout_on(rows, tok, monkeypatch):
+    real, tried = training.supervised_loss, []
+    model = dropped()
+    def starved(model, batch, *a):
+        if not model.training: tried.append(1)
+        if len(tried) == 1 and not model.training: raise torch.OutOfMemoryError("out of memory")
+        return real(model, batch, *a)
+    with pytest.raises(torch.OutOfMemoryError): validate(model.train(), encode_all(rows, tok), 2, starved)
+    assert model.training and validate(model, encode_all(rows, tok), 2, starved) > 0 and model.training
 
 
 def test_the_limit_survives_a_resume(rows, tok, tmp_path, monkeypatch):

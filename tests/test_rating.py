@@ -97,6 +97,22 @@ def test_perfect_and_opposed():
     assert cohen_kappa(a, b, kind="quadratic").value == pytest.approx(-1)
 
 
+def test_texts_have_no_order_unless_it_is_given():
+    words = ["poor", "fair", "good", "excellent"]
+    marks = np.random.default_rng(0).integers(0, 4, 60)
+    other = np.clip(marks + np.random.default_rng(1).integers(-1, 2, 60), 0, 3)
+    a, b = ([words[i] for i in m] for m in (marks, other))
+    rows = [dict(rater=r, item=i, rating=v) for r, vs in (("x", a), ("y", b)) for i, v in enumerate(vs)]
+    for f in (lambda **k: cohen_kappa(a, b, kind="quadratic", **k), lambda **k: krippendorff_alpha(rows, "ordinal", **k)):
+        with pytest.raises(ValueError, match="nobody said in which order"): f()
+        assert f(labels=words).value > .6
+    assert cohen_kappa(a, b, kind="quadratic", labels=words).value == pytest.approx(cohen_kappa(list(marks), list(other), kind="quadratic").value)
+    left = agreement(rows).left_out
+    assert set(left) == {"kappa, linear", "kappa, quadratic", "alpha, ordinal"} and not agreement(rows, words).left_out
+    with pytest.raises(ValueError, match="row 0: the rating '90' is text"):
+        rating.told_apart([dict(rater="x", item=0, thing=t, rating=v) for t, v in (("a", "90"), ("b", "100"))])
+
+
 def test_groups_widen_the_interval():
     rng = np.random.default_rng(0)
     a = rng.integers(3, size=60)
@@ -145,7 +161,8 @@ def test_bad_labels_and_levels():
     with pytest.raises(ValueError, match="level='ratio': choose one of nominal"): krippendorff_alpha(rows, "ratio")
     with pytest.raises(ValueError, match="kind='cubic'"): cohen_kappa([1, 2], [1, 2], kind="cubic")
     with pytest.raises(ValueError, match="2 ratings against 3"): cohen_kappa([1, 2], [1, 2, 3])
-    assert set(agreement(rows[:3] + rows[4:]).left_out) == {"Fleiss' kappa"}
+    assert set(agreement(rows[:3] + rows[4:]).left_out) == {"Fleiss' kappa", "kappa, linear", "kappa, quadratic", "alpha, ordinal"}
+    assert set(agreement(rows[:3] + rows[4:], sorted({r["rating"] for r in rows})).left_out) == {"Fleiss' kappa"}
 
 
 # Strengths
@@ -438,7 +455,9 @@ def test_keys_one_at_a_time(study):
     assert study.done("anna") == (1, 20) and screen.item == second and screen.keys.value == ""
     screen.keys.value = "x"
     assert screen.item == second and "No choice has the key" in screen.foot.value
-    [b for b in screen.buttons.children if b.description.startswith("0")][0].click()
+    button = [b for b in screen.buttons.children if b.description.startswith("0")][0]
+    button.click(), button.click()   # a double click: the second falls on a pair that nobody has read
+    assert study.done("anna") == (2, 20) and "second click of two" in screen.foot.value
     assert [r["rating"] for r in study.ratings() if r["item"] == second] == ["tie"]
     screen.keys.value = "u"
     assert screen.item == second and study.done("anna") == (2, 20)
@@ -526,6 +545,17 @@ def test_documented_export_is_read(study):
     assert study.from_label_studio(two) == 1
     kept = next(r for r in study.ratings() if r["item"] == 9)
     assert study.items[9]["texts"]["ab".index(kept["rating"])] == study._data(9)["left"], "the later one counts"
+
+
+def test_an_old_export_does_not_undo_a_newer_rating(study):
+    study.save("anna", 3, "preference" if "preference" in study.criteria else next(iter(study.criteria)), "tie")     # now
+    who = {10: "anna"}
+    study.from_label_studio(exported(study, 3, pick("left")), who)                            # of 2021
+    assert [r["rating"] for r in study.ratings() if r["item"] == 3] == ["tie"]
+    study.from_label_studio(exported(study, 3, pick("left"), updated_at="2031-01-01T00:00:00Z"), who)
+    assert [r["rating"] for r in study.ratings() if r["item"] == 3] in (["a"], ["b"])
+    study.save("anna", 3, next(iter(study.criteria)), "tie")                                  # a click is always the last word
+    assert [r["rating"] for r in study.ratings() if r["item"] == 3] == ["tie"]
 
 
 @pytest.mark.parametrize("spoil, says", [

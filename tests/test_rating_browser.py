@@ -64,7 +64,7 @@ def rate(page, study, until, click=False):
     while (n := study.done("anna")[0]) < until:
         shows(page, n)
         key = choice(page)
-        if click: page.locator(".jp-OutputArea button").filter(has_text=re.compile(rf"^{key} ·")).click()
+        if click: page.wait_for_timeout(350); page.locator(".jp-OutputArea button").filter(has_text=re.compile(rf"^{key} ·")).click()
         else: keys(page).press(key)
         shows(page, n + 1)
         assert study.done("anna")[0] == n + 1, "the screen said so before the disk had it"

@@ -620,6 +620,8 @@ def test_a_patient_run_that_is_resumed_stays_stopped(rows, tok, tmp_path):
 
 
 @pytest.mark.parametrize("kw,says", [(dict(patience=2), "give valid= or metric="), (dict(best=True), "give valid= or metric="),
+                                     (dict(metric=len, looks=1), "looks above 1"), (dict(metric=len, looks=0), "looks above 1"),
+                                     (dict(clip=0.), "clip=0.0: it must be above 0"),
                                      (dict(resume=True), "need a folder"), (dict(logs="tensorboard"), "need a folder"),
                                      (dict(logs="wandb"), "No log 'wandb'; there are: jsonl, tensorboard, trackio"),
                                      (dict(patience=0, metric=len), "patience=0: it must be above 0"), (dict(save_every=0), "save_every=0")])
