@@ -723,8 +723,8 @@ def _save(self:Study, rows, newer=False):
     for r in rows: self._check(*r[:4])
     with _transaction(self.path, self.wait, write=True) as db:
         db.executemany("INSERT INTO ratings VALUES (?, ?, ?, ?, ?, ?, ?) "
-                       "ON CONFLICT (rater, item, criterion) DO UPDATE SET rating=excluded.rating, swapped=excluded.swapped, "
-                       "seconds=excluded.seconds, at=excluded.at"
+                       "ON CONFLICT (rater, item, criterion) DO UPDATE SET rating=excluded.rating, "
+                       "swapped=excluded.swapped, seconds=excluded.seconds, at=excluded.at"
                        + " WHERE coalesce(julianday(excluded.at) >= julianday(ratings.at), 1)"*newer,
                        [(a, b, c, json.dumps(v), int(s), t, at) for a, b, c, v, s, t, at in rows])
 
