@@ -44,9 +44,9 @@ course: setup ## lesson 00 from top to bottom: baseline, fine-tune, scores, repo
 
 lab: setup ## JupyterLab on the lessons; starts in seconds
 	@echo "Starting JupyterLab on nbs/ (stop it with Ctrl-C) …"
-	@$(abspath $(VENV))/bin/jupyter lab --notebook-dir=nbs
+	@"$(abspath $(VENV))/bin/jupyter" lab --notebook-dir=nbs
 
-lessons: setup ## run every lesson and save what it shows: tens of minutes on two cores
+lessons: setup ## run every lesson and save what it shows: hours on two cores; what the cases have computed is kept
 	@$(PY) tools/lessons.py
 	@$(VENV)/bin/nbdev-clean
 

@@ -365,12 +365,13 @@ def render(
     tokenizer,
     add_generation_prompt:bool=False, # end with the opening of the assistant's turn
 ) -> str:
-    "Messages as the text that the model reads; the only caller of the chat template"
+    "Messages as the text that the model reads; the only caller of the chat template. " \
+    "A model that can think aloud before it answers is told not to, as its training rows don't"
     msgs = [{**m, "content": _neutral(m["content"], tokenizer)} for m in messages]
     if msgs[0]["role"] == "system" and len(msgs) > 1 and not _takes_system(tokenizer):
         first = {"role": "user", "content": msgs[0]["content"] + "\n\n" + msgs[1]["content"]}
         msgs = [first, *msgs[2:]]
-    return tokenizer.apply_chat_template(msgs, tokenize=False,
+    return tokenizer.apply_chat_template(msgs, tokenize=False, enable_thinking=False,
                                          add_generation_prompt=add_generation_prompt)
 
 # %% ../nbs/04_formats.ipynb #bf2d16f1
@@ -381,8 +382,9 @@ def _pieces(messages, tokenizer):
         if m["role"] != "assistant": continue
         prompt, upto = render(messages[:i], tokenizer, True), render(messages[:i+1], tokenizer)
         if not (prompt.startswith(done) and upto.startswith(prompt)):
-            raise ValueError("This chat template changes earlier turns when a later one is added: "
-                             "labels can't be told apart")
+            raise ValueError("This chat template changes earlier turns when a later one is added "
+                             "(as those of models that think aloud do): labels can't be told apart. "
+                             "Train on rows with one answer, or take a model that doesn't think aloud")
         yield prompt[len(done):], False
         end = upto.find(tokenizer.eos_token, len(prompt)) + len(tokenizer.eos_token)
         stop = end if end >= len(tokenizer.eos_token) + len(prompt) else len(upto)

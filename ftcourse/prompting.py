@@ -9,7 +9,7 @@ __all__ = ['request', 'pick_shots', 'shared_prefix', 'left_pad', 'decode_batch',
            'generate', 'limits', 'answer', 'Cost', 'cost']
 
 # %% ../nbs/06_prompting.ipynb #61751b68
-import random
+import random, warnings
 from dataclasses import dataclass
 
 # %% ../nbs/06_prompting.ipynb #64885edc
@@ -27,7 +27,14 @@ def request(
 ) -> list[dict]: # messages
     "The messages of a request: instruction, worked examples, question"
     ask = to_messages({**row, "instruction": f"{row['instruction']} {hint}".strip()}, answer=False)
-    shown = [m for s in shots for m in to_messages(s)[-2:]]
+    shown = []
+    for s in shots:
+        msgs = to_messages(s)
+        system = msgs[0]["content"] if msgs[0]["role"] == "system" else ""
+        question, reply = msgs[-2:]
+        if system and system != row["instruction"]:   # an example of another instruction brings its own
+            question = {**question, "content": f"{system}\n\n{question['content']}"}
+        shown += [question, reply]
     return ask[:-1] + shown + ask[-1:]
 
 # %% ../nbs/06_prompting.ipynb #775dba67
@@ -131,10 +138,15 @@ def generate(
     batch_size:int=32, # rows at once
     desc:str="answering",
 ) -> list[str]: # in the order of `prompts`
-    "Greedy answers to `prompts`: batched by length, the shared beginning computed once"
+    "Greedy answers to `prompts`: batched by length, the shared beginning computed once; " \
+    "raises `ValueError` where they don't fit the model's context"
     if not prompts: return []
     toks = tokenizer(prompts, add_special_tokens=False).input_ids
     longest = max(map(len, toks)) + max_new_tokens
+    room = getattr(model.config, "max_position_embeddings", None) or longest
+    if longest > room:
+        raise ValueError(f"A prompt of {longest-max_new_tokens} tokens and {max_new_tokens} for the answer are "
+                         f"more than the {room} that this model reads; give fewer examples (shots) or shorter rows")
     far = longest <= (getattr(model.config, "sliding_window", None) or longest)
     n, ends, prefix = shared_prefix(toks)*far, end_tokens(model, tokenizer), DynamicCache(config=model.config)
     start = torch.tensor([toks[0][:n]], device=model.device)
@@ -155,12 +167,16 @@ def limits(
     most:int=96, # never more than this
 ) -> dict: # task → tokens
     "How long an answer may become, by task: a quarter more than the longest one in `rows`, " \
-    "and 4 tokens"
+    "and 4 tokens. Warns where `most` would cut answers like those in `rows`"
     out = {}
     for task in sorted(set(rows["task"])):
         texts = [r["output"] for r in rows if r["task"] == task]
-        out[task] = min(
-            most, max(map(len, tokenizer(texts, add_special_tokens=False).input_ids))*5//4 + 4)
+        long = sorted(map(len, tokenizer(texts, add_special_tokens=False).input_ids))
+        out[task] = min(most, long[-1]*5//4 + 4)
+        cut = sum(n > most for n in long)
+        if cut: warnings.warn(f"{task}: {cut} of {len(long)} answers in these rows are longer than {most} "
+                              f"tokens (up to {long[-1]}), and so long a one would be cut short; "
+                              f"raise max_new_tokens", stacklevel=2)
     return out
 
 # %% ../nbs/06_prompting.ipynb #dad99536

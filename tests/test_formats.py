@@ -460,6 +460,20 @@ def test_one_turn_is_asked_for_exactly(dressed, name):
     assert asked[len(answer):].strip() in ("", t.eos_token)
 
 
+THINKS = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\\n' }}{% if m['role'] == 'assistant' and loop.last %}"
+          "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{{ m['content'] + '<|im_end|>\\n' }}{% endfor %}"
+          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking is defined and not enable_thinking %}"
+          "{{ '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}")   # as Qwen3's does
+
+def test_a_model_that_thinks_aloud_is_told_not_to(tok):
+    "Else the prompt opens a thought, and training teaches the empty one as part of the answer"
+    t = copy.deepcopy(tok)
+    t.chat_template = THINKS
+    (_, given), (_, asked) = parts(encode(talk("Q", "A", system="S"), t), t)
+    assert given == render(talk("Q", system="S"), t, True) and given.endswith("</think>\n\n") and asked == "A<|im_end|>"
+    with pytest.raises(ValueError, match="rows with one answer"): encode(talk("Q", "A", "Q2", "A2"), t)
+
+
 @templates
 def test_training_prompt_is_the_serving_prompt(dressed, name):
     t = dressed[name]

@@ -1,5 +1,5 @@
 "Fast answers are the slow answers: whatever the batch, the shared beginning, and the architecture"
-import random
+import random, warnings
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from ftcourse import corpora, formats, models, prompting
@@ -166,6 +166,22 @@ def test_left_pad():
     assert pos[0].tolist() == [2, 3, 4] and pos[1, -1] == 2
 
 
+def test_limits_warn_of_answers_that_they_would_cut(tok):
+    from datasets import Dataset
+    rows = Dataset.from_list([dict(task="t", output="word "*n, input="", instruction="I") for n in (5, 30, 40)])
+    with pytest.warns(UserWarning, match="t: 2 of 3 answers .* longer than 20 tokens .*raise max_new_tokens"):
+        assert prompting.limits(rows, tok, 20) == {"t": 20}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 40 < prompting.limits(rows, tok)["t"] < 60
+
+
+def test_a_prompt_beyond_the_context_is_refused(m32, tok, monkeypatch):
+    monkeypatch.setattr(m32.config, "max_position_embeddings", 20)
+    with pytest.raises(ValueError, match="more than the 20 that this model reads; give fewer examples"):
+        generate(m32, tok, ["word "*18], 4)
+
+
 # ---------- examples in the prompt
 
 def test_request_of_shots_and_hint():
@@ -176,6 +192,8 @@ def test_request_of_shots_and_hint():
     assert [m["content"] for m in got] == ["I One of: x", "q", "a", "Q"]
     bare = request({**row, "input": ""}, [{**shot, "input": "", "instruction": "i"}])
     assert [m["content"] for m in bare] == ["i", "a", "I"]
+    other = request(row, [shot, {**shot, "instruction": "Translate."}])   # would otherwise seem to follow "I"
+    assert [m["content"] for m in other] == ["I", "q", "a", "Translate.\n\nq", "a", "Q"]
 
 
 def test_shots_are_rows_of_the_pool_with_different_answers(desk):

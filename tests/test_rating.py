@@ -310,7 +310,7 @@ def another(study, rater, pause=.005):
 
 
 def test_no_rating_is_lost_on_kill(study):
-    p = another(study, "anna", .02)
+    p = another(study, "anna", .2)
     for line in p.stdout:
         if int(line) == 7: p.send_signal(signal.SIGKILL); break
     said = [7, *map(int, p.stdout)][-1]

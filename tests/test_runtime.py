@@ -93,6 +93,26 @@ def test_another_tools_settings_ini_is_not_ours():
     assert find_settings() is None or find_settings().parent != Path.cwd()
 
 
+def test_a_file_of_one_key_is_ours(monkeypatch):
+    path = ini("[DEFAULT]\nepochs = 1\n")
+    assert find_settings() == path and settings().epochs == 1
+
+
+def test_a_utf16_file_is_refused_and_not_passed_over():
+    ini("[DEFAULT]\ncorpus = desk\n", "utf-16")
+    with pytest.raises(ValueError, match="UTF-8"): settings()
+
+
+def test_what_the_file_says_for_all_machines_is_not_undone_by_a_built_in_section():
+    path = ini("[DEFAULT]\nmodel = owner/mine\nepochs = 5\n")
+    assert settings("t4", path=path).model == "owner/mine"
+    assert settings("cpu", path=path, corpus="e2e").epochs == 5
+    assert settings("t4", path=path).max_tokens == 8192           # of which the file says nothing
+    assert settings("test", path=path).epochs == 1                # the small budget of the tests stays
+    path = ini("[DEFAULT]\nmodel = owner/mine\n[t4]\nmodel = owner/small\n")
+    assert settings("t4", path=path).model == "owner/small"
+
+
 def test_percent_signs_are_text():
     "An instruction may speak of 100%"
     assert settings(path=ini("[DEFAULT]\ninstruction = Be 100% sure\n")).instruction == "Be 100% sure"
@@ -141,6 +161,23 @@ def test_unknown_profile_and_unknown_override():
 def test_bad_environment_value_is_refused(monkeypatch):
     monkeypatch.setenv("FTCOURSE_EPOCHS", "two")
     with pytest.raises(ValueError, match="epochs = 'two' is not a number"): settings()
+
+
+def test_a_misspelt_variable_is_refused(monkeypatch):
+    monkeypatch.setenv("FTCOURSE_TRAINROWS", "100")
+    with pytest.raises(ValueError, match="environment.*no setting is called 'trainrows'"): settings()
+
+
+@pytest.mark.parametrize("over,says", [(dict(lr=0), "lr = 0.0 makes no sense"), (dict(train_rows=-5), "makes no sense"),
+                                       (dict(epochs="many"), "epochs = 'many' is not a number"), (dict(r=2.5), "not a number")])
+def test_a_value_given_in_the_call_is_checked_too(over, says):
+    with pytest.raises(ValueError, match=says): settings(**over)
+
+
+def test_a_number_given_in_the_call_gets_its_type():
+    import numpy as np
+    s = settings(epochs="3", train_rows=np.int64(7), lr=1)
+    assert (s.epochs, s.train_rows, s.lr, type(s.lr)) == (3, 7, 1., float)
 
 
 @pytest.mark.parametrize("text,word", [
@@ -232,7 +269,7 @@ def test_meter_clock():
         assert m.seconds >= .05
     was = m.seconds
     time.sleep(.02)
-    assert m.seconds == was < .5
+    assert m.seconds == was
 
 
 def test_meter_measures_a_block_that_fails():
@@ -279,8 +316,8 @@ def test_killed_in_the_middle_of_many_writes_leaves_a_whole_file(tmp_path):
     p = subprocess.Popen([sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE)
     try:
         p.stdout.readline()
-        end = time.time() + 1.5
-        while time.time() < end:   # readers meanwhile see whole files too
+        start = time.time()
+        while time.time() < start + 1.5 or len(seen) <= 2 and time.time() < start + 60:   # readers meanwhile see whole files too
             if path.exists():
                 got = path.read_bytes()
                 assert len(got) == 4_000_000 and len(set(got)) == 1
@@ -303,12 +340,12 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(tmp_path):
     assert path.read_text() == "old" and [p.name for p in tmp_path.iterdir()] == ["old.txt"]
 
 
-@pytest.mark.parametrize("where", ["write_bytes", "replace"])
+@pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_no_space_left_on_device(monkeypatch, where):
     import errno
     Path("x").write_text("old")
     def full(*a, **k): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    monkeypatch.setattr(*((Path, "write_bytes") if where == "write_bytes" else (os, "replace")), full)
+    monkeypatch.setattr(os, where, full)
     with pytest.raises(OSError, match="x was not written .No space left on device.; is the disk full") as e:
         write_atomic("x", "new")
     assert e.value.errno == errno.ENOSPC

@@ -312,7 +312,7 @@ def test_a_gradient_that_is_no_number_stops_the_run():
 
 def waits(port):
     os.environ["MASTER_PORT"] = str(port)
-    acc = scaling.engine("ddp", cpu=True, timeout=3)
+    acc = scaling.engine("ddp", cpu=True, timeout=10)
     if acc.process_index: time.sleep(60)
     begun = time.perf_counter()
     try: acc.wait_for_everyone()
@@ -324,7 +324,7 @@ def test_a_process_that_hangs_is_given_up(tmp_path):
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0)); port = s.getsockname()[1]
     got = group(2, waits, port, tmp=tmp_path, join=False, wait_for=[0], timeout=40)
-    assert isinstance(got[0], float) and 1 < got[0] < 20, got
+    assert isinstance(got[0], float) and 1 < got[0] < 35, got
 
 
 def say(argv):

@@ -220,7 +220,7 @@ def test_search_finds_a_lesson(tab):
     page.locator(".sd-search-toggle").first.click()
     page.locator(".smalldocs-search input").first.fill("LoRA from scratch")
     hit = page.locator(".search-result[href*='09_lora']").first
-    hit.wait_for(timeout=5000)
+    hit.wait_for(timeout=30000)
     hit.click()
     page.wait_for_url("**/nbs/09_lora.html*")
     assert page.errors == []
@@ -248,7 +248,9 @@ def test_sidebar_opens_on_a_phone(tab):
         return r.width > 100 && r.right > 100 && e.contains(t) }""")
     assert not in_sight()
     page.locator(".quarto-btn-toggle").first.click()
-    page.wait_for_timeout(500)
+    for _ in range(100):
+        if in_sight(): break
+        page.wait_for_timeout(100)
     assert in_sight()
     side.get_by_text("04 ·").click()   # smalldocs' sidebar does not scroll on a phone: entries below the screen are out of reach there
     page.wait_for_url("**/nbs/04_formats.html")

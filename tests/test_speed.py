@@ -250,6 +250,16 @@ def test_quick_steps_back_when_the_trial_fails(monkeypatch):
     with quick(model, batch, 20) as loss_fn: assert loss_fn is supervised_loss
 
 
+def test_quick_steps_back_where_the_short_way_breaks(monkeypatch):
+    model, batch = tiny(), collate(some(), 0)
+    def broken(*a, **k): raise RuntimeError("shape '[3, 4]' is invalid")
+    monkeypatch.setattr(speed, "tree_loss", broken)
+    with quick(model, batch, 20) as loss_fn:
+        assert loss_fn is supervised_loss
+        loss_fn(model, batch)[0].backward()
+    assert model.config._attn_implementation == "sdpa"
+
+
 def test_quick_leaves_the_model_as_it_was(real, tok):
     batch = collate(some(), 0)
     for model in (tiny(), real):

