@@ -24,7 +24,7 @@ from .lora import add_lora, lora_layers, save_adapter
 from .models import load
 from .runtime import Meter, precision, progress, seed_everything, settings, write_atomic
 from .speed import pick_loss
-from .training import History, lr_at, windows
+from .training import History, _checksum, _to_disk, lr_at, windows
 
 # %% ../nbs/16_scaling.ipynb #80e31e7a
 def command(
@@ -174,33 +174,82 @@ def _tensors(model, optim):
     return {**{f"model.{k}": v for k, v in model.items()},
             **{f"optim.{k}": v for k, v in optim.items() if isinstance(v, torch.Tensor)}}
 
+# %% ../nbs/16_scaling.ipynb #e112eb44
+def _together(do) -> list: # what `do` gave in each process
+    "`do` in every process; an error in one of them is raised in all"
+    from accelerate.utils import gather_object
+    try: mine = do(), None
+    except (OSError, ValueError) as e: mine = None, e
+    everyones = gather_object([mine])
+    for _, error in everyones:
+        if error: raise error
+    return [out for out, _ in everyones]
+
+# %% ../nbs/16_scaling.ipynb #bb08c3e8
+def _mark(path): return [path.stat().st_size, _checksum(path)]
+
+def _write_part(acc, wrapped, opt, folder):
+    "Write this process's part and push it to the disk: {file name: [size, checksum]}"
+    dcp = _dcp()
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)   # it calls fsync
+    try:
+        with _quiet(): dcp.save(_tensors(*_state(wrapped, opt)[:2]), storage_writer=writer,
+                                no_dist=acc.num_processes == 1)
+    except dcp.CheckpointException as e:   # it carries the processes' own errors
+        raise next(error for error, _ in e.failures.values()) from None
+    return {p.name: _mark(p) for p in folder.glob(f"shard-{acc.process_index+1:05}-*")}
+
+# %% ../nbs/16_scaling.ipynb #dcd4a2b4
+def _seal(state): return hashlib.sha256(json.dumps(state).encode()).hexdigest()[:16]
+
+def _kept(folder):
+    "The checkpoints in a folder, newest first"
+    found = [p for p in Path(folder).glob("step-*") if p.name[5:].isdigit()]
+    return sorted(found, key=lambda p: int(p.name[5:]), reverse=True)
+
+def _publish(tmp, done, state):
+    "The state last, then the name; the two newest stay"
+    write_atomic(tmp/"state.json", json.dumps(dict(state, seal=_seal(state))))
+    _to_disk(tmp)
+    shutil.rmtree(done, ignore_errors=True)
+    os.replace(tmp, done)
+    _to_disk(done.parent)
+    for old in _kept(done.parent)[2:]: shutil.rmtree(old, ignore_errors=True)
+
 # %% ../nbs/16_scaling.ipynb #5adf13be
 def save_checkpoint(
     acc, wrapped, opt,
-    folder, # gets a folder `step-00012`; older ones go
+    folder, # gets a folder `step-00000012`; of those before it the newest stays
     step:int, # steps done
     facts:dict, # losses so far, settings: anything that JSON can hold
 ):
-    "Every process writes its part; the checkpoint appears when all are done"
-    dcp = _dcp()
-    tmp, done = Path(folder)/f".step-{step:05}", Path(folder)/f"step-{step:05}"
-    writer = dcp.HuggingFaceStorageWriter(str(tmp), save_distributed=True)
-    with _quiet(): dcp.save(_tensors(*_state(wrapped, opt)[:2]), storage_writer=writer,
-                            no_dist=acc.num_processes == 1)
-    acc.wait_for_everyone()
-    if acc.is_main_process:
-        write_atomic(tmp/"state.json", json.dumps(dict(facts, step=step)))
-        shutil.rmtree(done, ignore_errors=True)
-        os.replace(tmp, done)
-        for old in Path(folder).glob("step-*"):
-            if old != done: shutil.rmtree(old, ignore_errors=True)
-    acc.wait_for_everyone()
+    "Every process writes its part; raises `OSError` in all of them if one can't"
+    tmp, done = (Path(folder)/f"{dot}step-{step:08}" for dot in (".", ""))
+    first = acc.is_main_process
+    try:
+        parts = _together(lambda: _write_part(acc, wrapped, opt, tmp))
+        files = {name: mark for part in parts for name, mark in part.items()}
+        _together(lambda: first and _publish(tmp, done, dict(facts, step=step, files=files)))
+    finally:
+        if first: shutil.rmtree(tmp, ignore_errors=True)
+
+# %% ../nbs/16_scaling.ipynb #08209f44
+def _check_files(path):
+    "Raise `ValueError` or `OSError` where a checkpoint is not as it was written"
+    state = json.loads((path/"state.json").read_text("utf-8"))
+    if state.pop("seal", None) != _seal(state): raise ValueError("state.json has changed")
+    for name, mark in state["files"].items():
+        if _mark(path/name) != mark: raise ValueError(f"{name} has changed")
+
+def latest(folder) -> Path|None: # the newest checkpoint that is whole, if there is one
+    "Where to resume; says which newer ones are damaged"
+    for path in _kept(folder):
+        try: _check_files(path)
+        except (OSError, ValueError) as e:
+            print(f"{path.name} is damaged ({e}); trying the one before", flush=True)
+        else: return path
 
 # %% ../nbs/16_scaling.ipynb #35d2aadc
-def latest(folder) -> Path|None: # the last complete checkpoint, if there is one
-    "Where to resume"
-    return max((p.parent for p in Path(folder).glob("step-*/state.json")), default=None)
-
 def load_checkpoint(acc, wrapped, opt, path) -> dict: # the facts that were saved with it
     "Put a checkpoint back, on as many processes as there are now"
     from torch.distributed.checkpoint.state_dict import set_state_dict
@@ -271,22 +320,33 @@ def _check(encoded, work, o, processes):
         "A step has no token to learn from: all labels of its rows are -100")
 
 # %% ../nbs/16_scaling.ipynb #0ef2dc45
+def _start_at(folder, resume):
+    "The checkpoint to go on from, or None; raises `ValueError` if there is a run in the way"
+    folder = Path(folder)
+    kept, at = _kept(folder), latest(folder) if resume else None
+    if kept and not resume: raise ValueError(f"{folder} holds a run at {kept[0].name}: go on with "
+        "resume=True (--resume), or give another folder")
+    if kept and not at: raise ValueError(
+        f"No checkpoint in {folder} can be read: delete the folder to start again")
+    if not kept and (folder/"history.json").exists(): raise ValueError(
+        f"{folder} holds a finished run, without checkpoints: give another folder, or delete it")
+    for half in folder.glob(".step-*"): shutil.rmtree(half, ignore_errors=True)   # of a killed run
+    for bad in kept[:kept.index(at)] if at else ():   # put aside, not one of two kept
+        shutil.rmtree(f"{bad}.damaged", ignore_errors=True)
+        bad.rename(f"{bad}.damaged")
+    return at
+
 def _begin(acc, wrapped, opt, folder, resume, made):
     "An empty `History`, or the one of the last checkpoint, which is loaded"
-    at = latest(folder) if folder else None
-    acc.wait_for_everyone()
-    if folder and acc.is_main_process:   # what a killed run left half written
-        for half in Path(folder).glob(".step-*"): shutil.rmtree(half, ignore_errors=True)
+    find = lambda: _start_at(folder, resume) if folder and acc.is_main_process else None
+    at = _together(find)[0]
     if not at: return History(settings=made)
-    if not resume: raise ValueError(
-        f"{folder} holds a run at {at.name}: go on with resume=True (--resume), "
-        "or give another folder")
     facts = load_checkpoint(acc, wrapped, opt, at)
     odd = [k for k in made if facts["made"].get(k) != made[k]]
     if odd: raise ValueError(f"{at}: made with {odd[0]} = {facts['made'].get(odd[0])!r}, and now "
                              f"it is {made[odd[0]]!r}; that would be another run")
     return History(steps=facts["steps"], tokens=facts["tokens"], supervised=facts["supervised"],
-                   settings=made)
+                   events=facts["events"], settings=made)
 
 # %% ../nbs/16_scaling.ipynb #470627be
 def _saver(acc, wrapped, opt, folder, every, steps, history):
@@ -295,9 +355,14 @@ def _saver(acc, wrapped, opt, folder, every, steps, history):
     if every: _dcp()   # better now than at the first checkpoint
     def after(step):
         if not every or step % every or step == steps: return
-        save_checkpoint(acc, wrapped, opt, folder, step, dict(
-            made=history.settings, steps=history.steps, tokens=history.tokens,
-            supervised=history.supervised))
+        facts = dict(made=history.settings, steps=history.steps, tokens=history.tokens,
+                     supervised=history.supervised, events=history.events)
+        try: save_checkpoint(acc, wrapped, opt, folder, step, facts)
+        except OSError as e:
+            text = (f"The checkpoint of step {step} was not written ({e}). Training goes on, and "
+                    "the last good one is still there: make room on the disk")
+            history.events.append(dict(step=step, what=text))
+            if acc.is_main_process: print(text, flush=True)
     return after
 
 # %% ../nbs/16_scaling.ipynb #77087316

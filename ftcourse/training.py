@@ -7,12 +7,13 @@ Docs: https://ftcourse.github.io/ftcourse/nbs/training.html.md"""
 # %% auto #0
 __all__ = ['FORMATS', 'LOGS', 'to_device', 'trained_parameters', 'autocast', 'in_precision', 'cast_for', 'window_step', 'lr_at',
            'parameter_groups', 'make_optimizer', 'optimizer_step', 'pack', 'collate_packed', 'with_positions',
-           'check_packing', 'checkpointed', 'layers_of', 'compiled', 'History', 'smooth', 'plot_history', 'windows',
-           'validate', 'Options', 'rng_state', 'set_rng', 'Run', 'out_of_memory', 'write_checkpoint', 'read_checkpoint',
-           'checkpoints', 'Stop', 'status', 'curve', 'Screen', 'fit', 'LrSearch', 'find_lr']
+           'check_packing', 'checkpointed', 'deterministic', 'layers_of', 'compiled', 'History', 'smooth',
+           'plot_history', 'windows', 'validate', 'Options', 'rng_state', 'set_rng', 'Run', 'out_of_memory',
+           'write_checkpoint', 'read_checkpoint', 'checkpoints', 'Stop', 'status', 'curve', 'Screen', 'fit', 'LrSearch',
+           'find_lr']
 
 # %% ../nbs/10_training.ipynb #f61175b3
-import contextlib, gc, hashlib, json, math, os, random, re, signal, sys, time
+import contextlib, gc, hashlib, json, math, os, random, re, signal, sqlite3, sys, time
 from dataclasses import asdict, dataclass, field, fields
 from itertools import cycle, islice
 from pathlib import Path
@@ -24,6 +25,7 @@ import torch
 from fastcore.basics import patch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from .formats import batches, collate, encode_all
 from .runtime import Meter, precision as native_precision, progress, write_atomic
 from .speed import (fused_pieces, pick_loss, pieces, plain_attention, quick, supervised_loss,
@@ -34,7 +36,7 @@ def to_device(
     batch:dict, # tensors on the CPU
     dev,
 ) -> dict:
-    "The batch on `dev`; a GPU fetches it from pinned memory while it still computes"
+    "The batch on `dev`; a GPU fetches it from pinned memory, and the program doesn't wait for it"
     if dev.type != "cuda": return {k: t.to(dev) for k, t in batch.items()}
     return {k: t.pin_memory().to(dev, non_blocking=True) for k, t in batch.items()}
 
@@ -100,6 +102,7 @@ def window_step(
     window:list[dict], # micro-batches of one optimizer step
     loss_fn, # gives (sum, number)
     scaler, # a `torch.amp.GradScaler`, off unless float16
+    meanwhile=None, # called while the device still computes, before anything is read from it
 ) -> float: # mean loss over all supervised tokens of the window
     "Forward and backward over a window; the gradients are those of one big batch"
     n = sum((m["labels"][:, 1:] != -100).sum() for m in window)
@@ -108,6 +111,7 @@ def window_step(
         loss = loss_fn(model, m)[0] / n
         scaler.scale(loss).backward()
         total += loss.detach()
+    if meanwhile: meanwhile()
     return total.item()
 
 # %% ../nbs/10_training.ipynb #cb651103
@@ -246,6 +250,22 @@ def checkpointed(
     finally:
         if use: getattr(model, way+"_disable")()
 
+# %% ../nbs/10_training.ipynb #dbc4feb4
+@contextlib.contextmanager
+def deterministic(
+    dev, # device
+    use:bool=True,
+):
+    "While the block runs, only algorithms that give the same bits each time"
+    was = torch.are_deterministic_algorithms_enabled()
+    with contextlib.ExitStack() as on:
+        if use and dev.type == "cuda":
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS asks for it
+            on.enter_context(sdpa_kernel(SDPBackend.MATH))
+        torch.use_deterministic_algorithms(use or was)
+        try: yield
+        finally: torch.use_deterministic_algorithms(was)
+
 # %% ../nbs/10_training.ipynb #1b05fc0f
 def layers_of(model):
     "The model's stack of equal layers"
@@ -358,6 +378,7 @@ class Options:
     packing:bool = False         # several rows in one sequence, without padding
     checkpointing:bool = False   # compute activations twice: less memory, more time
     compile:bool = False         # compile pieces or layers: pays on long runs
+    deterministic:bool = False   # the same bits each time, on a GPU too; slower there
     metric:object = None         # function of the model → number, higher is better; at each look
     patience:int|None = None     # looks without a better one before the run stops
     best:bool|None = None        # end with the best weights; None: if there is metric or patience
@@ -429,6 +450,7 @@ class Run:
                                settings=dict(vars(conf), rows=len(encoded), packing=opts.packing,
                                              checkpointing=opts.checkpointing))
         self.rng, self.torn, self.once = rng_state(self.dev), False, False
+        self.ahead = None
 
     @property
     def step(self): return len(self.history.steps)
@@ -464,6 +486,18 @@ def collated(self:Run, batch):
     return to_device(collate_packed(rows) if self.opts.packing else collate(rows, self.pad_id),
                      self.dev)
 
+@patch
+def on_device(self:Run, i):
+    "Step `i`'s micro-batches as tensors; what was made ahead is used, unless the limit fell since"
+    made, self.ahead = self.ahead, None
+    if made and made[0] == (i, self.limit): return made[1]
+    return [self.collated(p) for p in self.parts(self.work[i])]
+
+@patch
+def prepare(self:Run, i):
+    "Make step `i`'s micro-batches ahead, while the device still computes"
+    if i < len(self.work): self.ahead = (i, self.limit), self.on_device(i)
+
 # %% ../nbs/10_training.ipynb #e64b6272
 def out_of_memory(
     e:Exception,
@@ -474,15 +508,15 @@ def out_of_memory(
 
 # %% ../nbs/10_training.ipynb #bf575d58
 @patch
-def window_loss(self:Run, window):
-    "Forward and backward over a window, in smaller pieces if the memory asks for it"
+def window_loss(self:Run, i):
+    "Forward and backward over step `i`'s window, in smaller pieces if the memory asks for it"
     while True:
-        parts = self.parts(window)
-        try: return window_step(self.model, [self.collated(p) for p in parts], self.loss_fn,
-                                self.scaler)
+        try: return window_step(self.model, self.on_device(i), self.loss_fn, self.scaler,
+                                lambda: self.prepare(i+1))
         except (RuntimeError, MemoryError) as e:
             if not out_of_memory(e): raise
-        self.smaller(parts)   # not within `except`: there the error still holds on to the tensors
+        # not within `except`: there the error still holds on to the tensors
+        self.smaller(self.parts(self.work[i]))
 
 # %% ../nbs/10_training.ipynb #8dfa0ed2
 @patch
@@ -504,7 +538,7 @@ def smaller(self:Run, parts):
 def note(self:Run, text):
     "Say that something was not as planned, and keep it in the history"
     self.history.events.append(dict(step=self.step, what=text))
-    print(text, flush=True)
+    with contextlib.suppress(OSError): print(text, flush=True)   # it may go to that same full disk
 
 # %% ../nbs/10_training.ipynb #8ece0629
 @patch
@@ -512,7 +546,7 @@ def advance(self:Run):
     "One step of the optimizer and its entry in the history; raises `FloatingPointError`"
     i, h, window = self.step, self.history, self.work[self.step]
     for g in self.optimizer.param_groups: g["lr"] = self.rate(i)*g.get("ratio", 1)   # LoRA+
-    loss = self.window_loss(window)
+    loss = self.window_loss(i)
     rows = [j for b in window for j in b]
     where = f" (rows {', '.join(str(j+1) for j in rows[:8])}{', …' if len(rows) > 8 else ''})"
     if not math.isfinite(loss): raise FloatingPointError(
@@ -553,7 +587,7 @@ def look(self:Run):
 @patch
 def held_out_loss(self:Run):
     "The loss on the held-out rows, in smaller batches if the memory asks for it"
-    most = self.limit or 1024
+    most = self.limit or self.conf.max_tokens
     while True:
         try: return validate(self.model, self.held, self.pad_id, self.loss_fn, max_tokens=most)
         except (RuntimeError, MemoryError) as e:
@@ -641,7 +675,7 @@ def fingerprint(self:Run):
             for k, part in (("train", self.encoded), ("valid", self.held))}
     frozen = (_sample(p) for p in self.model.parameters() if not p.requires_grad)
     o = {k: re.sub(" at 0x[0-9a-f]+", "", str(getattr(self.opts, k)))   # a function's address
-         for k in ("packing", "optimizer", "patience", "best")}
+         for k in ("packing", "optimizer", "compile", "deterministic", "patience", "best")}
     return dict(vars(self.conf), **rows, **o, precision=str(self.cast),
                 model=digest([str(self.model).encode(), *frozen]))
 
@@ -843,13 +877,14 @@ def _tensorboard(run):
     try: from torch.utils.tensorboard import SummaryWriter
     except ImportError: raise ImportError('logs="tensorboard" needs a package: '
                                           "pip install tensorboard") from None
-    with SummaryWriter(str(run.opts.folder/"tensorboard"), purge_step=run.step+1) as w:
-        yield lambda step, values: [w.add_scalar(k, v, step) for k, v in values.items()]
+    w = SummaryWriter(str(run.opts.folder/"tensorboard"), purge_step=run.step+1)
+    try: yield lambda step, values: [w.add_scalar(k, v, step) for k, v in values.items()]
+    finally: run.given_up(w.close)
 
 # %% ../nbs/10_training.ipynb #28d77d48
 @contextlib.contextmanager
 def _trackio(run):
-    "Curves for `trackio show`, kept on this machine"
+    "Curves for `trackio show`, kept on this machine; steps done again after a kill stand there twice"
     try: import trackio
     except ImportError: raise ImportError('logs="trackio" needs a package: '
                                           "pip install trackio") from None
@@ -857,7 +892,7 @@ def _trackio(run):
     trackio.init(project="ftcourse", name=name, resume="allow", embed=False, auto_log_gpu=False,
                  auto_log_cpu=False, config=run.history.settings)
     try: yield lambda step, values: trackio.log(values, step=step)
-    finally: trackio.finish()
+    finally: run.given_up(trackio.finish)
 
 # %% ../nbs/10_training.ipynb #b4b50083
 LOGS = {"jsonl": _jsonl, "tensorboard": _tensorboard, "trackio": _trackio}
@@ -874,13 +909,17 @@ def _logged(run):
         yield
 
 @patch
+def given_up(self:Run, f, *args):
+    "Call `f`; True, and a note, if the disk that it writes to is full or broken"
+    try: f(*args)
+    except (OSError, sqlite3.Error) as e:
+        self.note(f"A log was given up ({e}); training goes on")
+        return True
+
+@patch
 def log(self:Run, **values):
     "Write values to every log; one whose disk is full is given up"
-    for f in list(self.logs):
-        try: f(self.step, values)
-        except OSError as e:
-            self.logs.remove(f)
-            self.note(f"A log was given up ({e}); training goes on")
+    self.logs = [f for f in self.logs if not self.given_up(f, self.step, values)]
 
 # %% ../nbs/10_training.ipynb #b67115f6
 @patch
@@ -942,6 +981,7 @@ def ready(self:Run):
     way = _plainly if o.packing else quick
     with contextlib.ExitStack() as on:
         on.callback(self.rest)
+        on.enter_context(deterministic(self.dev, o.deterministic))
         on.enter_context(checkpointed(model, o.checkpointing))
         with autocast(self.dev, self.cast):
             one = to_device(collate(few, self.pad_id), self.dev)
@@ -971,8 +1011,8 @@ def loop(self:Run, stop):
             self.step_on()
             if stop.asked or self.weary(): break
     h.peak_bytes = max(h.peak_bytes, self.meter.peak_bytes)
-    h.stopped = ("patience" if self.weary() else
-                 "interrupted" if self.step < len(self.work) else "")
+    h.stopped = ("" if self.step == len(self.work) else
+                 "patience" if self.weary() else "interrupted")
 
 # %% ../nbs/10_training.ipynb #7186ef81
 @patch
@@ -1021,12 +1061,18 @@ def fit(
 class LrSearch:
     "Losses at rising learning rates"
     lrs:list     # one a step
-    losses:list  # at that rate, before the step is taken, with the batch's own difficulty taken out
+    losses:list  # after the step at that rate, with the next batch's own difficulty taken out
+
+    @property
+    def smoothed(self) -> list: # losses
+        "The mean of each loss and its two neighbours on either side"
+        return [sum(w)/len(w) for i in range(len(self.losses))
+                for w in [self.losses[max(0, i-2):i+3]]]
 
     @property
     def suggestion(self) -> float: # a learning rate
         "Where the smoothed loss falls most steeply"
-        ys, xs = smooth(self.losses, .8), [math.log(l) for l in self.lrs]
+        ys, xs = self.smoothed, [math.log(l) for l in self.lrs]
         lowest = max(2, min(range(len(ys)), key=ys.__getitem__))
         slopes = [(ys[i+1]-ys[i-1])/(xs[i+1]-xs[i-1]) for i in range(1, lowest)]
         return self.lrs[1 + min(range(len(slopes)), key=slopes.__getitem__)]
@@ -1036,7 +1082,7 @@ class LrSearch:
         import matplotlib.pyplot as plt
         ax = ax or plt.subplots(figsize=(5, 2.6))[1]
         ax.semilogx(self.lrs, self.losses, ".", ms=4, color="#56B4E9")
-        ax.semilogx(self.lrs, smooth(self.losses, .8), color="#0072B2")
+        ax.semilogx(self.lrs, self.smoothed, color="#0072B2")
         ax.axvline(self.suggestion, color="#D55E00", lw=1)
         ax.set(xlabel="learning rate", ylabel="loss (nats a token)", ylim=(0, 2*self.losses[0]),
                title="Which learning rate?")
@@ -1045,7 +1091,7 @@ class LrSearch:
 # %% ../nbs/10_training.ipynb #7973b726
 @patch
 def climb(self:Run, low, high, steps):
-    "Step at rising rates until the loss is 1.5 times what it was; gives (rate, loss) of each step"
+    "Step at rising rates until the loss is 1.5 times what it was; gives (rate, loss after it)"
     some = self.work[:8]
     with torch.no_grad():
         was = [self.window_mean(w) for w in some]
@@ -1057,8 +1103,10 @@ def climb(self:Run, low, high, steps):
         for i in progress(range(steps), desc="learning rates") if shown else range(steps):
             self.advance()
             share = self.history.steps[-1]["loss"]/was[i % len(some)]
-            found.append((self.rate(i), share*mean))
+            if i: found.append((self.rate(i-1), share*mean))   # a step's loss shows the one before
             if share > 1.5: break
+    if len(found) < 4: raise ValueError(f"The loss exploded within {len(found)+1} steps: start "
+                                        f"lower than low={low:g}, and take more than {steps} steps")
     return found
 
 @patch
@@ -1074,7 +1122,7 @@ def find_lr(
     steps:int=40, max_tokens:int=512, max_length:int=512, seed:int=0, # as `fit` takes them
     **options, # the fields of `Options`
 ) -> LrSearch:
-    "Raise the learning rate until the loss explodes; the model is left as it was (Smith 2015)"
+    "Raise the rate till the loss explodes; the model stays as it was; raises `ValueError` (Smith 2015)"
     conf = SimpleNamespace(epochs=1, lr=low, max_tokens=max_tokens, accumulate=1, clip=1.,
                            seed=seed, looks=0, weight_decay=0.)
     run = Run(model, tokenizer, encode_all(train, tokenizer, max_length), None, conf,

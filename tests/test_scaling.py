@@ -1,9 +1,9 @@
 "Several processes give one process's losses and weights, evenly shared or not, also after one of them was killed; and say what they refuse"
-import contextlib, importlib.util, io, json, multiprocessing, os, shlex, shutil, signal, socket, subprocess, sys, time, traceback
+import contextlib, errno, importlib.util, io, json, multiprocessing, os, shlex, shutil, signal, socket, subprocess, sys, time, types
 from pathlib import Path
 import pytest, torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from ftcourse import corpora, formats, lora, models, scaling
+from ftcourse import corpora, formats, lora, models, scaling, speed
 from ftcourse.runtime import seed_everything
 from ftcourse.scaling import asked, choose, command, finish, latest, micro, share, start, traffic, words
 from ftcourse.speed import supervised_loss
@@ -52,7 +52,8 @@ def tiny(dtype=torch.float32, dropout=0., r=4, seed=7):
     torch.manual_seed(seed)
     conf = AutoConfig.for_model("llama", vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=LAYERS, num_attention_heads=4,
                                 num_key_value_heads=2, tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, pad_token_id=PAD)
-    model = AutoModelForCausalLM.from_config(conf).to(dtype)
+    model = AutoModelForCausalLM.from_config(conf)
+    if dtype != torch.float32: model.to(dtype)
     lora.add_lora(model, r=r, alpha=8, dropout=dropout)
     with torch.no_grad():
         for p in lora.lora_parameters(model): p.add_(.05*torch.randn_like(p))
@@ -83,7 +84,7 @@ def fit(strategy="ddp", conf=None, encoded=None, bf16=False, dropout=0., **kw):
     here = scaling.held(wrapped, opt)
     weights = full(scaling.whole(model))
     return dict(losses=[s["loss"] for s in h.steps], norms=[s["norm"] for s in h.steps], weights=weights, held=here, tokens=h.tokens,
-                kind=type(wrapped).__name__, asked=h.supervised)
+                kind=type(wrapped).__name__, asked=h.supervised, events=h.events)
 
 
 def bare(bf16=False, conf=None):
@@ -213,10 +214,10 @@ def files(folder): return sorted(str(p.relative_to(folder)) for p in Path(folder
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    "A run of two processes under FSDP2 with dropout, whole; its folder with the last checkpoint"
+    "A run of two processes under FSDP2 with dropout, whole; its folder with the last two checkpoints"
     tmp = tmp_path_factory.mktemp("saved")
     got = group(2, fit, "fsdp", None, None, False, .1, tmp=tmp)
-    kept = group(2, fit_in, "fsdp", str(tmp/"run"), 2, False, .1, tmp=tmp)
+    kept = group(2, fit_in, "fsdp", str(tmp/"run"), 1, False, .1, tmp=tmp)
     assert isinstance(got[0], dict) and isinstance(kept[0], dict), (got, kept)
     return got[0], kept[0], tmp/"run"
 
@@ -230,9 +231,9 @@ def test_saving_changes_nothing(saved):
 
 
 def test_a_checkpoint_has_a_part_from_each_and_no_pickle(saved):
-    steps = len(saved[0]["losses"])
-    name = f"step-{steps - (2 if steps % 2 == 0 else 1):05}"
-    assert files(saved[2]) == [f"{name}/shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)] + [f"{name}/state.json"]
+    last = len(saved[0]["losses"]) - 1
+    parts = [f"shard-0000{i}-model-00001-of-00001.safetensors" for i in (1, 2)]
+    assert last >= 3 and files(saved[2]) == [f"step-{n:08}/{f}" for n in (last-1, last) for f in (*parts, "state.json")]
     a, b = ((saved[2]/f).stat().st_size for f in files(saved[2])[:2])
     assert .8 < a/b < 1.25
     from safetensors import safe_open
@@ -247,12 +248,12 @@ def test_a_checkpoint_has_a_part_from_each_and_no_pickle(saved):
 def test_resumed_by_as_many_it_is_bit_for_bit_the_same(saved, tmp_path):
     shutil.copytree(saved[2], tmp_path/"run")
     (tmp_path/"run/.step-00099").mkdir()
-    (tmp_path/"run/step-00098").mkdir()   # no state.json: never finished
+    (tmp_path/"run/step-00098").mkdir()   # no state.json: all is lost
     got = group(2, fit_in, "fsdp", str(tmp_path/"run"), 0, True, .1, tmp=tmp_path)
     assert isinstance(got[0], dict), got
     assert apart(got[0]["weights"], saved[0]["weights"]) == 0 and got[0]["losses"] == saved[0]["losses"]
     assert got[0]["norms"] == saved[0]["norms"] and got[0]["tokens"] == saved[0]["tokens"]
-    assert not (tmp_path/"run/.step-00099").exists()
+    assert not (tmp_path/"run/.step-00099").exists() and (tmp_path/"run/step-00098.damaged").exists()
 
 
 @pytest.mark.parametrize("n,strategy", [(1, "ddp"), (2, "ddp"), (3, "fsdp")])
@@ -270,6 +271,125 @@ def test_another_run_is_refused(saved, tmp_path):
     assert all("made with lr = 0.005, and now it is 0.001" in g for g in got), got
     got = group(2, fit_in, "ddp", str(tmp_path/"run"), 0, False, .1, tmp=tmp_path)
     assert all("go on with resume=True" in g for g in got), got
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_finished_run_is_not_written_over(resume, tmp_path):
+    (tmp_path/"run").mkdir(), (tmp_path/"run/history.json").write_text("{}")
+    got = group(2, fit_in, "ddp", str(tmp_path/"run"), 2, resume, tmp=tmp_path)
+    assert all("holds a finished run, without checkpoints" in g for g in got) and files(tmp_path/"run") == ["history.json"], got
+
+
+# ---------- disks that err, disks that are full
+
+def harm(folder, how):
+    "Do something to the newest checkpoint; it, and the one before"
+    newest, before = scaling._kept(folder)
+    path = newest/"state.json" if how == "state" else max(newest.glob("*.safetensors"))
+    raw = bytearray(path.read_bytes())
+    raw[len(raw)//2] ^= 1
+    if how == "gone": path.unlink()
+    else: path.write_bytes(path.read_bytes()[:-1] if how == "cut" else raw)
+    return newest, before
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "state"])
+def test_a_damaged_checkpoint_is_seen(how, saved, tmp_path, capsys):
+    run = Path(shutil.copytree(saved[2], tmp_path/"run"))
+    assert latest(run) == scaling._kept(run)[0] and capsys.readouterr().out == ""
+    newest, before = harm(run, how)
+    assert latest(run) == before and capsys.readouterr().out.startswith(f"{newest.name} is damaged (")
+    (before/"state.json").unlink()
+    assert latest(run) is None
+
+
+def test_a_flipped_bit_costs_one_checkpoint_and_not_the_run(saved, tmp_path):
+    run = Path(shutil.copytree(saved[2], tmp_path/"run"))
+    newest, before = harm(run, "flipped")
+    got = group(2, fit_in, "fsdp", str(run), 0, True, .1, tmp=tmp_path)
+    assert isinstance(got[0], dict) and isinstance(got[1], dict), got
+    assert apart(got[0]["weights"], saved[0]["weights"]) == 0 and got[0]["losses"] == saved[0]["losses"] == got[1]["losses"]
+    assert scaling._kept(run) == [before] and (run/f"{newest.name}.damaged/state.json").exists()
+    (before/"state.json").unlink()
+    got = group(2, fit_in, "fsdp", str(run), 0, True, .1, tmp=tmp_path)
+    assert all("can be read: delete the folder" in g for g in got), got
+
+
+def fit_tight(what, who, *args):
+    "As `fit_in`; from the second checkpoint on, one process can't write its part, or the state"
+    import resource
+    seen = []
+    def tight(f, limit):
+        def g(*a):
+            seen.append(1)
+            if torch.distributed.get_rank() == who and len(seen) > 1: return limit(f, a)
+            return f(*a)
+        return g
+    def by_the_system(f, a):   # no file may grow over 1,000 bytes
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        try: return f(*a)
+        finally: resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+    def no_space(f, a): raise OSError(errno.ENOSPC, "No space left on device")
+    if what == "part": scaling._write_part = tight(scaling._write_part, by_the_system)
+    else: scaling.write_atomic = tight(scaling.write_atomic, no_space)
+    return fit_in(*args)
+
+
+@pytest.mark.parametrize("what,who", [("part", 0), ("part", 1), ("state", 0)])
+def test_a_full_disk_costs_the_checkpoint_and_not_the_run(what, who, saved, tmp_path):
+    got = group(2, fit_tight, what, who, "fsdp", str(tmp_path/"run"), 1, False, .1, tmp=tmp_path)
+    for g in got:
+        assert isinstance(g, dict), got
+        assert apart(g["weights"], saved[0]["weights"]) == 0 and g["losses"] == saved[0]["losses"]
+        assert [e["step"] for e in g["events"]] == list(range(2, len(g["losses"]))) and g["events"] == got[0]["events"]
+        assert all("was not written ([Errno" in e["what"] and "make room" in e["what"] for e in g["events"])
+    assert [p.name for p in (tmp_path/"run").iterdir()] == ["step-00000001"] and latest(tmp_path/"run")
+
+
+def save_some(folder, steps):
+    model = tiny()
+    acc = scaling.engine("ddp", cpu=True)
+    wrapped, opt = acc.prepare(scaling.LossOf(model, supervised_loss), torch.optim.AdamW(lora.lora_parameters(model)))
+    for s in steps: scaling.save_checkpoint(acc, wrapped, opt, folder, s, dict(loss=.1))
+    return [p.name for p in sorted(Path(folder).iterdir())], latest(folder).name
+
+
+def test_names_are_in_the_order_of_their_steps(tmp_path):
+    got, = group(1, save_some, str(tmp_path/"run"), [9, 99_999, 100_000], tmp=tmp_path, join=False)
+    assert got == (["step-00099999", "step-00100000"], "step-00100000"), got
+
+
+# ---------- devices
+
+def lone_step(dev, encoded):
+    "The second of two processes takes the steps of a run on `dev`; what it computes there is never read"
+    number = lambda t: types.SimpleNamespace(item=lambda: 1.)
+    acc = types.SimpleNamespace(device=dev, num_processes=2, process_index=1, is_main_process=False, no_sync=lambda m: contextlib.nullcontext(),
+                                backward=lambda loss: loss.backward(), reduce=lambda t, how: number(t),
+                                clip_grad_norm_=lambda ps, c: number(torch.nn.utils.clip_grad_norm_(list(ps), c)))
+    with torch.device(dev): model = tiny().train()
+    o = scaling.Options(**CONF)
+    work = windows(encoded, 1, 80, 3, 0)
+    assert any([] in share(w, 1, 2) for w in work)   # with empty micro-batches
+    ps = [p for p in model.parameters() if p.requires_grad]
+    opt, history = torch.optim.AdamW(ps), scaling.History()
+    scaling._steps(acc, scaling.LossOf(model, supervised_loss), opt, encoded, work, history, o, lambda step: None)
+    assert len(history.steps) == len(work) and {p.device.type for p in ps} == {dev.type} and len(opt.state) == len(ps)
+
+
+def test_all_batches_come_on_the_models_device(monkeypatch):
+    "On a device that is none (fake tensors): a batch left on the CPU stops the step"
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.nn import functional as F
+    from test_training import OneDevice
+    monkeypatch.setattr(speed, "chunked_cross_entropy", lambda h, head, want, *a: F.cross_entropy(head(h).float(), want, reduction="sum"))
+    dev, encoded = torch.device("cuda" if torch.version.cuda else "meta"), rows()
+    fake = lambda: FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv())
+    with fake(), OneDevice(): lone_step(dev, encoded)
+    monkeypatch.setattr(scaling, "micro", lambda encoded, rows, pad, device: micro(encoded, rows, pad))
+    with pytest.raises((AssertionError, RuntimeError), match="mixes|same device"), fake(), OneDevice(): lone_step(dev, encoded)
 
 
 # ---------- what is refused

@@ -1,5 +1,5 @@
 "The loop is exact: losses, gradients, windows, validation, counts; and it stops before it spoils anything"
-import json, math, os, re, signal, subprocess, sys, time, types
+import json, math, os, re, shutil, signal, subprocess, sys, time, types
 import xml.etree.ElementTree as ET
 from pathlib import Path
 import numpy as np, pytest, torch
@@ -654,6 +654,45 @@ def test_functions_get_every_value(rows, tok):
     assert [s for s, v in got if "loss" in v] == [s["step"] for s in h.steps] and [v["valid/loss"] for s, v in got if "valid/loss" in v] == [v["loss"] for v in h.valid]
 
 
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_fit_compiles_its_pieces_to_the_same_losses(rows, tok):
+    (a, ha), (b, hb) = ((m, fit(m, tok, rows, max_tokens=300, epochs=2, precision="float32", compile=c)) for c in (False, True) for m in [with_lora()])
+    assert speed._compiled.cache_info().currsize > 0 and "forward" not in vars(layers_of(b)[0].mlp)
+    assert [s["loss"] for s in hb.steps] == pytest.approx([s["loss"] for s in ha.steps], rel=1e-4)
+    assert torch.allclose(final(a), final(b), atol=1e-3)
+
+
+def test_the_next_batch_is_made_before_the_loss_is_read(rows, tok, monkeypatch):
+    "While the device still computes a step, the next one's rows are already on their way"
+    said, real, make = [], training.window_step, training.Run.collated
+    def step(*a):
+        out = real(*a)
+        said.append("loss read")
+        return out
+    monkeypatch.setattr(training, "window_step", step)
+    monkeypatch.setattr(training.Run, "collated", lambda self, b: (said.append(tuple(b)), make(self, b))[1])
+    h = fit(with_lora(), tok, rows, max_tokens=300, epochs=2)
+    steps = len(h.steps)
+    assert steps > 3 and said.count("loss read") == steps
+    at = [i for i, s in enumerate(said) if s == "loss read"]
+    before = [sum(s != "loss read" for s in said[:i]) for i in at]         # batches made when step 1, 2, … is read
+    each = len([s for s in said if s != "loss read"])
+    assert all(b > a for a, b in zip(before, before[1:-1])) and before[-2] == before[-1] == each
+
+
+def test_deterministic_gives_the_same_bits_and_is_undone(rows, tok):
+    seen = []
+    def run(**kw): m = with_lora(); torch.manual_seed(1); return final(m) if fit(m, tok, rows, max_tokens=300, **kw).steps else None
+    a, b = run(deterministic=True, logs=lambda *_: seen.append(torch.are_deterministic_algorithms_enabled())), run()
+    assert torch.equal(a, b) and seen and all(seen) and not torch.are_deterministic_algorithms_enabled()
+
+
+def test_patience_that_ends_with_the_last_step_did_not_stop_the_run(rows, tok):
+    n = len(windows(encode_all(rows, tok), 1, 300, 1, 0))
+    h = fit(with_lora(), tok, rows, max_tokens=300, looks=3, metric=scripted([.3, .2, .1]), patience=2)
+    assert len(h.steps) == n and len(h.valid) == 3 and h.stopped == "" and "stopped" not in str(h) and h.best["metric"] == .3
+
+
 def test_tensorboard_reads_our_log(rows, tok, tmp_path):
     acc = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     h = fit(with_lora(), tok, rows, rows.select(range(4)), max_tokens=300, logs=["tensorboard"], folder=tmp_path)
@@ -731,11 +770,31 @@ def test_find_lr_ends_where_the_loss_explodes_and_suggests_before(rows, tok):
     assert good[1]["loss"] < good[0]["loss"] - 1
 
 
+def test_find_lr_says_so_when_the_loss_explodes_at_once(rows, tok):
+    with pytest.raises(ValueError, match="exploded within .* steps: start lower than low=1e\\+29"):
+        find_lr(tiny(scale=1.), tok, rows, max_tokens=300, steps=20, low=1e29, high=1e30, precision="float32")
+
+
+def test_the_finder_gives_each_loss_to_the_rate_of_the_step_before(rows, tok):
+    "A loss is computed before its step, so what it shows is the step before"
+    model, seen = tiny(scale=1.), []
+    real = training.Run.advance
+    def advance(self):
+        real(self)
+        seen.append((self.history.steps[-1]["lr"], self.history.steps[-1]["loss"]))
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(training.Run, "advance", advance)
+        search = find_lr(model, tok, rows, max_tokens=10000, steps=12, low=1e-5, high=1e-2, precision="float32")
+    assert search.lrs == pytest.approx([lr for lr, _ in seen[:-1]])
+    assert search.losses == pytest.approx([loss for _, loss in seen[1:]], rel=1e-4)   # one batch: its share is one
+
+
 def test_the_suggestion_is_the_steepest_descent():
     lrs = [10**(-5 + i/8) for i in range(40)]
     losses = [4 - 3/(1 + math.exp(-(math.log10(l)+3)*4)) + (20*(math.log10(l)+1.5) if l > 10**-1.5 else 0) for l in lrs]
     s = LrSearch(lrs, losses).suggestion
-    assert 5e-4 < s < 4e-3
+    assert 7e-4 < s < 1.5e-3                                     # the curve is steepest at 1e-3
+    assert LrSearch(lrs, losses).smoothed[0] == pytest.approx(sum(losses[:3])/3) and len(LrSearch(lrs, losses).smoothed) == 40
     plt = pytest.importorskip("matplotlib.pyplot")
     assert LrSearch(lrs, losses).plot().get_xlabel() == "learning rate"
     plt.close("all")
@@ -753,19 +812,21 @@ class OneDevice(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("loss,packing", [(supervised_loss, False), (full_loss, False), (supervised_loss, True)])
-def test_a_step_touches_no_stray_tensor_of_the_cpu(encoded, loss, packing, monkeypatch):
+@pytest.mark.parametrize("loss,packing,way", [(supervised_loss, False, ""), (full_loss, False, ""), (supervised_loss, True, ""),
+                                              (supervised_loss, False, "checkpointed"), (supervised_loss, True, "checkpointed"), (full_loss, False, "full")])
+def test_a_step_touches_no_stray_tensor_of_the_cpu(encoded, loss, packing, way, monkeypatch):
     "On a device that is none (fake tensors): a tensor made on the CPU by mistake stops the step"
     monkeypatch.setattr(speed, "chunked_cross_entropy", lambda h, head, want, *a: F.cross_entropy(head(h).float(), want, reduction="sum"))   # fakes can't be cut up
     dev = torch.device("cuda" if torch.version.cuda else "meta")
     conf = AutoConfig.for_model("llama", vocab_size=49152, **SIZE)
     with FakeTensorMode(allow_non_fake_inputs=False, shape_env=ShapeEnv()), OneDevice():
-        with torch.device(dev): model = lora.add_lora(AutoModelForCausalLM.from_config(conf), r=2).train()
+        with torch.device(dev): model = AutoModelForCausalLM.from_config(conf)
+        model = (model if way == "full" else lora.add_lora(model, r=2)).train()
         rows = [dict(input_ids=[5]*n, labels=[-100]*3 + [5]*(n-3)) for n in (7, 9)]
         batch = {k: v.to(dev) for k, v in (collate_packed(rows) if packing else collate(rows, 0)).items()}
         optimizer = make_optimizer(model)
         scaler = types.SimpleNamespace(scale=lambda x: x, unscale_=lambda o: None, is_enabled=lambda: True, step=lambda o: o.step(), update=lambda: None)
-        window_step(model, [batch, batch], with_positions(loss), scaler)
+        with checkpointed(model, way == "checkpointed"): window_step(model, [batch, batch], with_positions(loss), scaler)
         params = trained_parameters(model)
         assert {p.grad.device.type for p in params} == {dev.type}
         optimizer_step(optimizer, scaler, params, 1., 1)
@@ -841,11 +902,23 @@ def test_cuda_compile(rows, tok):
 
 @pytest.mark.cuda
 def test_cuda_resume(rows, tok, tmp_path):
-    def run(**kw): m = gpu(); torch.manual_seed(1); return m, fit(m, tok, rows, max_tokens=300, epochs=2, **kw)
+    def run(**kw): m = gpu(); torch.manual_seed(1); return m, fit(m, tok, rows, max_tokens=300, epochs=2, deterministic=True, **kw)
     a, ha = run()
     b, hb = run(folder=tmp_path, save_every=1, logs=lambda step, v: signal.raise_signal(signal.SIGINT) if step == 3 else None)
     c, hc = run(folder=tmp_path, save_every=1, resume=True)
     assert hb.interrupted and torch.equal(final(a), final(c)) and [s["loss"] for s in ha.steps] == [s["loss"] for s in hc.steps]
+
+
+@pytest.mark.cuda
+def test_cuda_out_of_memory_halves_the_batch(rows, tok):
+    "The GPU's own error, under a limit between what half the batch and what all of it needs"
+    all_of_it = fit(gpu(), tok, rows, max_tokens=20_000, precision="float32")
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(.7*all_of_it.peak_bytes/torch.cuda.get_device_properties(0).total_memory)
+    try: h = fit(gpu(), tok, rows, max_tokens=20_000, precision="float32")
+    finally: torch.cuda.set_per_process_memory_fraction(1.)
+    assert any("Out of memory" in e["what"] for e in h.events)
+    for a, b in zip(h.steps, all_of_it.steps): assert a["loss"] == pytest.approx(b["loss"], rel=1e-3)
 
 
 @pytest.mark.cuda
