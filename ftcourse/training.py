@@ -486,6 +486,7 @@ def collated(self:Run, batch):
     return to_device(collate_packed(rows) if self.opts.packing else collate(rows, self.pad_id),
                      self.dev)
 
+# %% ../nbs/10_training.ipynb #1453d45d
 @patch
 def on_device(self:Run, i):
     "Step `i`'s micro-batches as tensors; what was made ahead is used, unless the limit fell since"
