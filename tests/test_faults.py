@@ -264,7 +264,7 @@ def test_tensorboard_on_a_full_disk_is_given_up_and_the_run_ends(rows, tok, tmp_
     a, ha = whole(rows, tok)
     def fill(step, values):
         if step == 2: full_disk(next((tmp_path/"tensorboard").iterdir()).stat().st_size)
-    try: b, hb = whole(rows, tok, folder=tmp_path, save_every=1000, logs=[fill, "tensorboard"])
+    try: b, hb = whole(rows, tok, folder=tmp_path, save_every=1000, logs=[fill, "tensorboard"], live=None)
     finally: full_disk(-1)
     assert torch.equal(weights(a), weights(b)) and told(ha) == told(hb)
     assert any("log was given up" in e["what"] for e in hb.events)
