@@ -1124,6 +1124,7 @@ def find_lr(
     **options, # the fields of `Options`
 ) -> LrSearch:
     "Raise the rate till the loss explodes; the model stays as it was; raises `ValueError` (Smith 2015)"
+    if steps < 5: raise ValueError(f"steps={steps}: a curve to read takes at least 5")
     conf = SimpleNamespace(epochs=1, lr=low, max_tokens=max_tokens, accumulate=1, clip=1.,
                            seed=seed, looks=0, weight_decay=0.)
     run = Run(model, tokenizer, encode_all(train, tokenizer, max_length), None, conf,

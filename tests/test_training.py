@@ -773,6 +773,7 @@ def test_find_lr_ends_where_the_loss_explodes_and_suggests_before(rows, tok):
 def test_find_lr_says_so_when_the_loss_explodes_at_once(rows, tok):
     with pytest.raises(ValueError, match="exploded within .* steps: start lower than low=1e\\+29"):
         find_lr(tiny(scale=1.), tok, rows, max_tokens=300, steps=20, low=1e29, high=1e30, precision="float32")
+    with pytest.raises(ValueError, match="steps=4: a curve"): find_lr(with_lora(), tok, rows, steps=4)
 
 
 def test_the_finder_gives_each_loss_to_the_rate_of_the_step_before(rows, tok):
